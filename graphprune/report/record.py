@@ -1,0 +1,169 @@
+"""What a compile did, as plain data: written to JSON, read back, compared, printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import ConsoleRenderable
+
+from graphprune.errors import InvalidInput, NotPrunable
+from graphprune.files import PathLike, atomic_path
+from graphprune.report import tables
+from graphprune.units import Group
+
+FORMAT = 1  # of the JSON; raised when a field changes its meaning
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one call on one device: median and quartiles of interleaved runs."""
+
+    median_ms: float
+    low_ms: float  # first quartile
+    high_ms: float  # third quartile
+    device: str  # "cpu, 1 thread", "NVIDIA H200"
+    backend: str  # "torch", "onnxruntime", ...
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs. MACs and latency hold for the example inputs; None where not measured."""
+
+    params: int
+    bytes: int
+    macs: int | None = None
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """Shape of one tensor in two networks; None where it does not exist."""
+
+    name: str
+    before: tuple[int, ...] | None
+    after: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """One group of units, without its index tables."""
+
+    name: str
+    kind: str
+    size: int
+    kept: int
+    exact: str  # "exact" | "renormalised" | "approximate"
+    parameters: int  # weight entries that one unit owns
+    members: tuple[str, ...]  # "conv1.weight[0] writer"
+    note: str = ""  # the node that makes it renormalised or approximate
+
+    @classmethod
+    def of(cls, group: Group, kept: int | None = None) -> GroupSummary:
+        members = tuple(f"{m.tensor}[{m.axis}] {m.role.value}" for m in group.members)
+        kept = group.size if kept is None else kept
+        return cls(group.name, group.kind, group.size, kept, group.exact.value, group.parameters, members, group.note)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Something that cannot be cut, and why."""
+
+    name: str  # the weight, and the axis where that is known
+    reason: str
+    node: str
+    hint: str = ""
+
+    @classmethod
+    def of(cls, name: str, why: NotPrunable) -> Frozen:
+        return cls(name, why.reason.value, why.node, why.hint)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass that ran: what it changed and how long it took."""
+
+    name: str
+    seconds: float
+    effect: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Before against after, the decisions between them, and the proof. `print(report)` shows a table, `to_json` keeps everything."""
+
+    before: Footprint
+    after: Footprint
+    model: str = ""  # class name or file name
+    plan_hash: str = ""
+    layers: tuple[TensorChange, ...] = ()  # weights whose shape changed
+    groups: tuple[GroupSummary, ...] = ()
+    not_prunable: tuple[Frozen, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
+    quality: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # metric -> (before, after)
+    certificate: Mapping[str, Any] | None = None  # as `certificate.json` holds it
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage: capture, analysis, plan, surgery, verify, ...
+
+    def __rich__(self) -> ConsoleRenderable:
+        return tables.report(self)
+
+    def __str__(self) -> str:
+        return tables.plain(self)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            InvalidInput: if `text` is no such report.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return cls(**{f.name: _READ.get(f.name, lambda it: it)(data.pop(f.name)) for f in fields(cls) if f.name in data}, **data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidInput(f"this is no report that graphprune wrote: {error}") from None
+
+    def save(self, path: PathLike) -> None:
+        """Write `.json` (everything) or `.html` (what print shows)."""
+        writers = {".json": self.to_json, ".html": lambda: tables.html(self)}
+        writer = writers.get(Path(path).suffix)
+        if writer is None:
+            raise InvalidInput(f"a report is written as {' or '.join(writers)}, found {path!s}")
+        with atomic_path(path) as file:
+            file.write_text(writer(), encoding="utf-8")
+
+
+def changes(before: Mapping[str, Iterable[int]], after: Mapping[str, Iterable[int]]) -> tuple[TensorChange, ...]:
+    """Tensors whose shapes differ between two networks, given as name -> shape, in the order of `before`."""
+    rows = [(name, _shape(before.get(name)), _shape(after.get(name))) for name in dict.fromkeys([*before, *after])]
+    return tuple(TensorChange(*row) for row in rows if row[1] != row[2])
+
+
+def _shape(sizes: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(int(size) for size in sizes)
+
+
+def _footprint(data: dict[str, Any]) -> Footprint:
+    latency = data.pop("latency", None)
+    return Footprint(**data, latency=Latency(**latency) if latency else None)
+
+
+_READ = {
+    "before": _footprint,
+    "after": _footprint,
+    "layers": lambda rows: tuple(TensorChange(row["name"], _shape(row["before"]), _shape(row["after"])) for row in rows),
+    "groups": lambda rows: tuple(GroupSummary(**{**row, "members": tuple(row["members"])}) for row in rows),
+    "not_prunable": lambda rows: tuple(Frozen(**row) for row in rows),
+    "passes": lambda rows: tuple(PassRecord(**row) for row in rows),
+    "quality": lambda rows: {name: (before, after) for name, (before, after) in rows.items()},
+    "warnings": tuple,
+}

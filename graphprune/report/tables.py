@@ -1,0 +1,192 @@
+"""Reports for people: tables and trees that fit 80 columns, plain text when there is no terminal."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleRenderable
+from rich.console import Group as Stack
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from graphprune.report.record import Footprint, Frozen, GroupSummary, Report, TensorChange
+
+WIDTH = 80
+LONGEST = 12  # rows of a list that is shown abbreviated
+
+
+def plain(renderable: Any, width: int = WIDTH) -> str:
+    """`renderable` as text without colours."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(renderable, end="")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def html(renderable: Any) -> str:
+    """`renderable` as one self-contained HTML page."""
+    console = Console(file=io.StringIO(), width=120, record=True, force_terminal=True, legacy_windows=False)
+    console.print(renderable)
+    return console.export_html()
+
+
+def count(number: float | None) -> str:
+    """25557032 -> "25.56 M"."""
+    return _scaled(number, 1000, ("", " k", " M", " G", " T"))
+
+
+def size(number: float | None) -> str:
+    """102400000 -> "102.4 MB"."""
+    return _scaled(number, 1000, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(number: float | None, base: int, units: Sequence[str]) -> str:
+    if number is None:
+        return "-"
+    for unit in units:
+        if abs(number) < base or unit == units[-1]:
+            break
+        number /= base
+    return f"{number:.4g}{unit}" if unit != units[0] else f"{number:,.0f}{unit}"
+
+
+def tail(name: str, width: int) -> str:
+    """`name` cut on the left to `width` characters: the end of a dotted name is what tells it from its neighbours."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def report(it: Report) -> ConsoleRenderable:
+    """The whole report, compact."""
+    parts: list[Any] = [_footprints(it)]
+    if it.groups:
+        parts.append(_kinds(it.groups))
+    if it.layers:
+        parts.append(shapes(it.layers, LONGEST))
+    if it.not_prunable:
+        parts.append(_reasons(it.not_prunable))
+    if it.passes:
+        parts.append(_grid("passes", [(p.name, f"{p.seconds:.2f} s", p.effect) for p in it.passes]))
+    if it.certificate is not None:
+        parts.append(certificate(it.certificate))
+    if it.seconds:
+        parts.append(Text("time  " + "  ".join(f"{stage} {value:.2f} s" for stage, value in it.seconds.items()), style="dim"))
+    parts += [Text(f"warning: {line}", style="yellow") for line in it.warnings]
+    return Stack(*parts)
+
+
+def _footprints(it: Report) -> Table:
+    title = tail(it.model, 50) + (f"   plan {it.plan_hash[:12]}" if it.plan_hash else "")
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("")
+    for column in ("before", "after", "kept"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for label, attribute, write in (("parameters", "params", count), ("MACs", "macs", count), ("size", "bytes", size)):
+        old, new = getattr(it.before, attribute), getattr(it.after, attribute)
+        if old is not None or new is not None:
+            table.add_row(label, write(old), write(new), f"{100 * new / old:.1f} %" if old and new is not None else "-", "")
+    _latency_row(table, it.before, it.after)
+    for metric, (old, new) in it.quality.items():
+        table.add_row(escape(metric), f"{old:.4g}", f"{new:.4g}", "", "")
+    return table
+
+
+def _latency_row(table: Table, before: Footprint, after: Footprint) -> None:
+    old, new = before.latency, after.latency
+    if old is None or new is None:
+        return
+    note = f"{old.median_ms / new.median_ms:.2f}x, {new.backend} on {new.device}"
+    table.add_row("latency", f"{old.median_ms:.3g} ms", f"{new.median_ms:.3g} ms", f"{100 * new.median_ms / old.median_ms:.1f} %", note)
+
+
+def _kinds(groups: Iterable[GroupSummary]) -> Table:
+    by_kind = defaultdict(list)
+    for group in groups:
+        by_kind[group.kind].append(group)
+    rows = []
+    for kind, members in by_kind.items():
+        before, after = sum(g.size for g in members), sum(g.kept for g in members)
+        exactness = Counter(g.exact for g in members)
+        rows.append((kind, f"{len(members)}", f"{before} -> {after}", ", ".join(f"{n} {name}" for name, n in exactness.items())))
+    return _grid(("unit", "groups", "units", ""), rows)
+
+
+def shapes(rows: Sequence[TensorChange], most: int | None = None) -> Table:
+    """Shapes before and after, the first `most` of them."""
+    shown = rows if most is None else rows[:most]
+    cells = [(tail(r.name, 38), _shape(r.before), _shape(r.after)) for r in shown]
+    if len(shown) < len(rows):
+        cells.append((f"... and {len(rows) - len(shown)} more", "", ""))
+    return _grid(("weight", "before", "after"), cells)
+
+
+def _shape(sizes: Sequence[int] | None) -> str:
+    return "-" if sizes is None else "x".join(map(str, sizes)) or "scalar"
+
+
+def _reasons(entries: Iterable[Frozen]) -> Table:
+    counted = Counter(entry.reason for entry in entries)
+    return _grid(("not prunable because", "axes"), [(reason, str(n)) for reason, n in counted.most_common()])
+
+
+def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
+    """A certificate's line, green only when it passed."""
+    status = str(it.get("status", "unknown"))
+    style = {"passed": "green", "failed": "bold red"}.get(status, "yellow")
+    return Text.assemble("certificate  ", (status, style), "  ", str(it.get("summary", "")))
+
+
+def _grid(header: str | Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    rows = list(rows)
+    columns = (header, *[""] * (len(rows[0]) - 1)) if isinstance(header, str) and rows else (header,) if isinstance(header, str) else header
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table of text cells."""
+    return _grid(header, rows)
+
+
+def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everything: bool = False) -> ConsoleRenderable:
+    """A tree of what can be cut, by kind, then of what cannot and why; long lists are cut short unless `everything`."""
+    most = None if everything else LONGEST
+    prunable = Tree(f"[bold]prunable[/]: {len(groups)} groups")
+    by_kind = defaultdict(list)
+    for group in groups:
+        by_kind[group.kind].append(group)
+    for kind, members in by_kind.items():
+        branch = prunable.add(f"[cyan]{kind}[/]: {len(members)} groups, {sum(g.size for g in members)} units")
+        for group in _first(branch, members, most):
+            line = f"{escape(tail(group.name, 44))}  {group.size} units x {count(group.parameters)}"
+            leaf = branch.add(line + ("" if group.exact == "exact" else f"  [yellow]{group.exact}[/]"))
+            for member in _first(leaf, group.members, None if everything else 3):
+                leaf.add(Text(tail(member, 64), style="dim"))
+    kept = Tree(f"[bold]not prunable[/]: {len(frozen)} axes")
+    by_reason = defaultdict(list)
+    for entry in frozen:
+        by_reason[entry.reason].append(entry)
+    for reason, entries in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        branch = kept.add(f"[magenta]{escape(reason)}[/]: {len(entries)}")
+        for entry in _first(branch, entries, None if everything else 4):
+            branch.add(Text(tail(entry.name, 40) + (f"  at {tail(entry.node, 24)}" if entry.node else "")))
+        for hint in dict.fromkeys(entry.hint for entry in entries if entry.hint):
+            branch.add(Text(f"hint: {hint}", style="yellow"))
+    return Stack(prunable, kept) if frozen else prunable
+
+
+def _first(branch: Tree, items: Sequence[Any], most: int | None) -> Iterable[Any]:
+    shown = items if most is None or len(items) <= most + 1 else items[:most]
+    yield from shown
+    if len(shown) < len(items):
+        branch.add(Text(f"... {len(items) - len(shown)} more (--all shows them)", style="dim"))
