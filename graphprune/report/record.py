@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,13 @@ class Report:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            return cls(**{f.name: _READ.get(f.name, lambda it: it)(data.pop(f.name)) for f in fields(cls) if f.name in data}, **data)
+            return cls(**{name: _READ.get(name, lambda it: it)(value) for name, value in data.items()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"this is no report that graphprune wrote: {error}") from None
 
     def save(self, path: PathLike) -> None:
         """Write `.json` (everything) or `.html` (what print shows)."""
-        writers = {".json": self.to_json, ".html": lambda: tables.html(self)}
+        writers: dict[str, Callable[[], str]] = {".json": self.to_json, ".html": lambda: tables.html(self)}
         writer = writers.get(Path(path).suffix)
         if writer is None:
             raise InvalidInput(f"a report is written as {' or '.join(writers)}, found {path!s}")
@@ -157,7 +157,7 @@ def _footprint(data: dict[str, Any]) -> Footprint:
     return Footprint(**data, latency=Latency(**latency) if latency else None)
 
 
-_READ = {
+_READ: Mapping[str, Callable[[Any], Any]] = {  # how a JSON field becomes what the class holds
     "before": _footprint,
     "after": _footprint,
     "layers": lambda rows: tuple(TensorChange(row["name"], _shape(row["before"]), _shape(row["after"])) for row in rows),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from graphprune.report.record import Footprint, Frozen, GroupSummary, Report, TensorChange
 
 WIDTH = 80
-LONGEST = 12  # rows of a list that is shown abbreviated
+LONGEST = 10  # rows of a list that is shown abbreviated
 
 
 def plain(renderable: Any, width: int = WIDTH) -> str:
     """`renderable` as text without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(renderable, end="")
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(renderable)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def html(renderable: Any) -> str:
@@ -49,10 +49,9 @@ def size(number: float | None) -> str:
 def _scaled(number: float | None, base: int, units: Sequence[str]) -> str:
     if number is None:
         return "-"
-    for unit in units:
-        if abs(number) < base or unit == units[-1]:
-            break
-        number /= base
+    unit, *larger = units
+    while larger and abs(number) >= base:
+        number, unit, *larger = number / base, *larger
     return f"{number:.4g}{unit}" if unit != units[0] else f"{number:,.0f}{unit}"
 
 
@@ -63,7 +62,7 @@ def tail(name: str, width: int) -> str:
 
 def report(it: Report) -> ConsoleRenderable:
     """The whole report, compact."""
-    parts: list[Any] = [_footprints(it)]
+    parts: list[Any] = [_footprints(it), *_speed(it.before, it.after)]
     if it.groups:
         parts.append(_kinds(it.groups))
     if it.layers:
@@ -71,7 +70,7 @@ def report(it: Report) -> ConsoleRenderable:
     if it.not_prunable:
         parts.append(_reasons(it.not_prunable))
     if it.passes:
-        parts.append(_grid("passes", [(p.name, f"{p.seconds:.2f} s", p.effect) for p in it.passes]))
+        parts.append(grid(("pass", "time", "effect"), [(p.name, f"{p.seconds:.2f} s", p.effect) for p in it.passes]))
     if it.certificate is not None:
         parts.append(certificate(it.certificate))
     if it.seconds:
@@ -80,29 +79,37 @@ def report(it: Report) -> ConsoleRenderable:
     return Stack(*parts)
 
 
+_COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("parameters", "params", count),
+    ("MACs", "macs", count),
+    ("size", "bytes", size),
+)
+
+
 def _footprints(it: Report) -> Table:
     title = tail(it.model, 50) + (f"   plan {it.plan_hash[:12]}" if it.plan_hash else "")
     table = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("")
     for column in ("before", "after", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
-    for label, attribute, write in (("parameters", "params", count), ("MACs", "macs", count), ("size", "bytes", size)):
+    for label, attribute, write in _COSTS:
         old, new = getattr(it.before, attribute), getattr(it.after, attribute)
         if old is not None or new is not None:
-            table.add_row(label, write(old), write(new), f"{100 * new / old:.1f} %" if old and new is not None else "-", "")
-    _latency_row(table, it.before, it.after)
+            table.add_row(label, write(old), write(new), f"{100 * new / old:.1f} %" if old and new is not None else "-")
+    old, new = it.before.latency, it.after.latency
+    if old is not None and new is not None:
+        table.add_row("latency", f"{old.median_ms:.3g} ms", f"{new.median_ms:.3g} ms", f"{100 * new.median_ms / old.median_ms:.1f} %")
     for metric, (old, new) in it.quality.items():
-        table.add_row(escape(metric), f"{old:.4g}", f"{new:.4g}", "", "")
+        table.add_row(escape(metric), f"{old:.4g}", f"{new:.4g}", "")
     return table
 
 
-def _latency_row(table: Table, before: Footprint, after: Footprint) -> None:
+def _speed(before: Footprint, after: Footprint) -> list[Text]:
     old, new = before.latency, after.latency
     if old is None or new is None:
-        return
-    note = f"{old.median_ms / new.median_ms:.2f}x, {new.backend} on {new.device}"
-    table.add_row("latency", f"{old.median_ms:.3g} ms", f"{new.median_ms:.3g} ms", f"{100 * new.median_ms / old.median_ms:.1f} %", note)
+        return []
+    spread = f"{new.low_ms:.3g} to {new.high_ms:.3g} ms"
+    return [Text(f"speed  {old.median_ms / new.median_ms:.2f}x  ({new.backend}, {new.device}; half of the runs took {spread})")]
 
 
 def _kinds(groups: Iterable[GroupSummary]) -> Table:
@@ -114,7 +121,7 @@ def _kinds(groups: Iterable[GroupSummary]) -> Table:
         before, after = sum(g.size for g in members), sum(g.kept for g in members)
         exactness = Counter(g.exact for g in members)
         rows.append((kind, f"{len(members)}", f"{before} -> {after}", ", ".join(f"{n} {name}" for name, n in exactness.items())))
-    return _grid(("unit", "groups", "units", ""), rows)
+    return grid(("unit", "groups", "units", ""), rows)
 
 
 def shapes(rows: Sequence[TensorChange], most: int | None = None) -> Table:
@@ -123,7 +130,7 @@ def shapes(rows: Sequence[TensorChange], most: int | None = None) -> Table:
     cells = [(tail(r.name, 38), _shape(r.before), _shape(r.after)) for r in shown]
     if len(shown) < len(rows):
         cells.append((f"... and {len(rows) - len(shown)} more", "", ""))
-    return _grid(("weight", "before", "after"), cells)
+    return grid(("weight", "before", "after"), cells)
 
 
 def _shape(sizes: Sequence[int] | None) -> str:
@@ -132,7 +139,7 @@ def _shape(sizes: Sequence[int] | None) -> str:
 
 def _reasons(entries: Iterable[Frozen]) -> Table:
     counted = Counter(entry.reason for entry in entries)
-    return _grid(("not prunable because", "axes"), [(reason, str(n)) for reason, n in counted.most_common()])
+    return grid(("not prunable because", "axes"), [(reason, str(n)) for reason, n in counted.most_common()])
 
 
 def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
@@ -142,20 +149,14 @@ def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
     return Text.assemble("certificate  ", (status, style), "  ", str(it.get("summary", "")))
 
 
-def _grid(header: str | Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    rows = list(rows)
-    columns = (header, *[""] * (len(rows[0]) - 1)) if isinstance(header, str) and rows else (header,) if isinstance(header, str) else header
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table of text cells."""
     table = Table(box=SIMPLE_HEAD)
-    for column in columns:
+    for column in header:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
-
-
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table of text cells."""
-    return _grid(header, rows)
 
 
 def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everything: bool = False) -> ConsoleRenderable:
@@ -168,18 +169,20 @@ def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everythi
     for kind, members in by_kind.items():
         branch = prunable.add(f"[cyan]{kind}[/]: {len(members)} groups, {sum(g.size for g in members)} units")
         for group in _first(branch, members, most):
-            line = f"{escape(tail(group.name, 44))}  {group.size} units x {count(group.parameters)}"
+            line = f"{escape(group.name if everything else tail(group.name, 34))}  {group.size} units x {count(group.parameters)}"
+            line += f", {len(group.members)} tensor axes"
             leaf = branch.add(line + ("" if group.exact == "exact" else f"  [yellow]{group.exact}[/]"))
-            for member in _first(leaf, group.members, None if everything else 3):
-                leaf.add(Text(tail(member, 64), style="dim"))
-    kept = Tree(f"[bold]not prunable[/]: {len(frozen)} axes")
+            for member in group.members if everything else ():
+                leaf.add(Text(member, style="dim"))
+    kept = Tree(f"[bold]not prunable[/]: {len(frozen)}")
     by_reason = defaultdict(list)
     for entry in frozen:
         by_reason[entry.reason].append(entry)
     for reason, entries in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         branch = kept.add(f"[magenta]{escape(reason)}[/]: {len(entries)}")
         for entry in _first(branch, entries, None if everything else 4):
-            branch.add(Text(tail(entry.name, 40) + (f"  at {tail(entry.node, 24)}" if entry.node else "")))
+            name = entry.name if everything else tail(entry.name, 40)
+            branch.add(Text.assemble(name, (f"  at {entry.node}" if entry.node else "", "dim")))
         for hint in dict.fromkeys(entry.hint for entry in entries if entry.hint):
             branch.add(Text(f"hint: {hint}", style="yellow"))
     return Stack(prunable, kept) if frozen else prunable
