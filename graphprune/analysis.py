@@ -1,0 +1,307 @@
+"""Solves the axis equations of a program and reads the groups off the solution.
+
+One pass in topological order lets the rule of every node emit equations; forward passes over the solved graph then compute what is not an
+equation: along which factors a value vanishes when units are masked (exactness), and how each weight meets each factor (roles).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from graphprune import axes as ax
+from graphprune.axes import Axis, Factor
+from graphprune.errors import NotPrunable, Reason, UnsupportedOp
+from graphprune.program import Kind, Node, Program, Value
+from graphprune.rules import RULES
+from graphprune.rules.engine import Engine
+from graphprune.units import Exactness, Group, Member, Role
+
+log = logging.getLogger("graphprune")
+
+
+@dataclass(eq=False)
+class Analysis:
+    """The solved equations of one program."""
+
+    program: Program
+    engine: Engine
+    groups: list[Group] = field(default_factory=list)
+
+    def axes(self, value: Value, node: Node | None = None) -> list[Axis] | None:
+        """The axes of a value, or None where nothing is known; a constant's are those of its use at `node`."""
+        if value.kind is Kind.CONSTANT and node is not None:
+            return self.engine.constants.get((node, value))
+        return self.engine.dims.get(value)
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def by_atom(self) -> dict[Factor, Group]:
+        return {group.atom: group for group in self.groups}
+
+    def frozen_axes(self) -> Iterator[tuple[Value, int, NotPrunable]]:
+        """Every weight axis that has a frozen factor, with the first reason."""
+        for value in self.program.weights.values():
+            for axis, dim in enumerate(self.engine.dims.get(value, ())):
+                for leaf in ax.leaves_of(dim):
+                    if leaf.frozen is not None:
+                        yield value, axis, leaf.frozen
+                        break
+
+    def explain(self, name: str) -> list[tuple[str, int, Group | NotPrunable]]:
+        """For the weights of a module (or one weight, or a group): per axis, the groups it belongs to or the reason why it has none.
+
+        Raises:
+            InvalidInput: no weight, module or group has this name.
+        """
+        from graphprune.errors import InvalidInput
+
+        if name in self.by_name:
+            return [(m.tensor, m.axis, self.by_name[name]) for m in self.by_name[name].members]
+        wanted = [v for key, v in self.program.weights.items() if key == name or key.startswith(name + ".")]
+        if name in self.program.aliases:
+            wanted.append(self.program.weights[self.program.aliases[name]])
+        if not wanted:
+            import difflib
+
+            close = difflib.get_close_matches(name, [*self.program.weights, *self.by_name], 3, 0.3)
+            raise InvalidInput(f"no weight, module or group is named {name!r}" + (f"; close names: {', '.join(close)}" if close else ""))
+        out: list[tuple[str, int, Group | NotPrunable]] = []
+        for value in wanted:
+            for axis, dim in enumerate(self.engine.dims.get(value, ())):
+                for leaf in dict.fromkeys(ax.leaves_of(dim)):
+                    reason = leaf.frozen or NotPrunable(Reason.NO_PARAMETER, value.name)
+                    out.append((value.name, axis, self.by_atom.get(leaf) or reason))
+        return out
+
+
+def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = False) -> Analysis:
+    """Solve the axis equations of a program and list its groups.
+
+    Args:
+        on_unknown: what to do with an op that has no rule: "freeze" what it touches, or "raise" `UnsupportedOp`.
+        free_border: leave the axes of inputs and outputs free (the rule checker and block-wise verification want that).
+    """
+    engine = Engine(on_unknown)
+    analysis = Analysis(program, engine)
+    engine.from_input.update(program.inputs)
+    boundary = Node("model inputs", "", "", {}, (), call=lambda: None)
+    engine.node = boundary
+    for value in program.inputs:
+        if value.shape is not None:
+            for axis in engine.axes(value):
+                if not free_border:
+                    engine.freeze(axis, Reason.INPUT)
+    for node in program.walk():
+        engine.node = node
+        if any(v in engine.from_input for v in node.inputs) or node.blocks:
+            engine.from_input.update(node.outputs)
+        if all(v.shape is None for v in node.outputs) and not node.blocks:
+            continue  # arithmetic on symbolic sizes
+        if any(v.shape is None for v in node.outputs) or any(0 in (v.shape or ()) for v in (*node.outputs, *node.inputs)):
+            engine.unsupported(Reason.FIXED)
+            continue
+        rule = RULES.get(node.op)
+        if node.blocks:
+            _freeze_border(engine, node)
+        elif rule is None:
+            engine.unknown.setdefault(node.op, []).append(node)
+            if on_unknown == "raise":
+                raise UnsupportedOp(
+                    f"no dim rule for {node.domain or 'ai.onnx'}::{node.op_type} (node {node.name!r}). "
+                    "Register one in graphprune.rules.RULES or freeze its axes with on_unknown='freeze'."
+                )
+            engine.unsupported(Reason.NO_RULE, f"op {node.domain or 'ai.onnx'}::{node.op_type}; register a rule in graphprune.rules.RULES")
+        elif isinstance(rule, str):
+            engine.spec(rule)
+        else:
+            rule(engine, node)
+    engine.node = Node("model outputs", "", "", {}, (), call=lambda: None)
+    for value in program.outputs:
+        for axis in engine.dims.get(value, ()):
+            if not free_border:
+                engine.freeze(axis, Reason.OUTPUT)
+    analysis.groups = _groups(analysis, free_border)
+    return analysis
+
+
+def _freeze_border(engine: Engine, node: Node) -> None:
+    """Control flow: what crosses the border of a body is frozen, on both sides."""
+    inner = {v for b in node.blocks for n in b.nodes for v in n.outputs} | {v for b in node.blocks for v in b.inputs}
+    crossing = [v for b in node.blocks for n in b.nodes for v in n.inputs if v not in inner and v.tensor is None]
+    crossing += [v for b in node.blocks for v in (*b.outputs, *b.inputs)]
+    for value in crossing:
+        if value.shape is not None:
+            for axis in engine.axes(value):
+                engine.freeze(axis, Reason.CONTROL_FLOW)
+    engine.unsupported(Reason.CONTROL_FLOW)
+
+
+def _groups(analysis: Analysis, free_border: bool) -> list[Group]:
+    engine, program = analysis.engine, analysis.program
+    where: dict[Factor, list[tuple[Value, int]]] = {}
+    carriers: Iterable[Value] = program.weights.values()
+    if free_border:
+        carriers = [*program.inputs, *carriers]
+    for value in carriers:
+        if value in engine.dims and (value.is_weight or (free_border and value.kind is Kind.INPUT)):
+            for axis, dim in enumerate(engine.dims[value]):
+                for leaf in dict.fromkeys(ax.leaves_of(dim)):
+                    if leaf.frozen is None:
+                        where.setdefault(leaf, []).append((value, axis))
+    if not free_border:  # buffers follow parameters, they do not make a group
+        where = {leaf: at for leaf, at in where.items() if any(v.kind is Kind.PARAMETER for v, _ in at)}
+    order = _appearance(program, engine, where)
+    approximate, vanish_over = _exactness(engine, where)
+    roles = _roles(engine, where)
+    limits: dict[Factor, int] = {}
+    for dim, count, _ in engine.limits:
+        factors = list(dict.fromkeys(ax.leaves_of(dim)))
+        if len(factors) == 1:
+            limits[factors[0]] = max(limits.get(factors[0], 1), count)
+    cache: dict[tuple, dict[Factor, np.ndarray]] = {}
+    groups: list[Group] = []
+    names: dict[str, int] = {}
+    for leaf in order:
+        members = tuple(_member(engine, value, axis, leaf, roles, cache) for value, axis in where[leaf])
+        kind = _kind(leaf)
+        first = next((m for m in members if m.role is Role.WRITER), members[0])
+        base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
+        name = f"{base}:{kind}"
+        names[name] = names.get(name, 0) + 1
+        if names[name] > 1:
+            name = f"{name}.{names[name]}"
+        exact, note = Exactness.EXACT, ""
+        if leaf in approximate:
+            exact, note = Exactness.APPROXIMATE, approximate[leaf]
+        elif "renorm" in leaf.marks:
+            exact, note = Exactness.RENORMALISED, leaf.marks["renorm"]
+        groups.append(Group(name, kind, leaf.size, members, exact, limits.get(leaf, 1), leaf, note))
+    return groups
+
+
+def _appearance(program: Program, engine: Engine, where: Mapping[Factor, Any]) -> list[Factor]:
+    """Leaves in the order in which the graph first touches them: it does not depend on how weights are listed."""
+    seen: dict[Factor, None] = {}
+    for node in program.walk():
+        for value in node.inputs:
+            if value.kind in (Kind.PARAMETER, Kind.BUFFER, Kind.INPUT):
+                for dim in engine.dims.get(value, ()):
+                    for leaf in ax.leaves_of(dim):
+                        if leaf in where:
+                            seen.setdefault(leaf)
+    return list(seen)
+
+
+def _member(engine: Engine, value: Value, axis: int, leaf: Factor, roles: Mapping, cache: dict) -> Member:
+    dim = engine.dims[value][axis]
+
+    def positions() -> np.ndarray:
+        key = _key(dim)
+        if key not in cache:
+            cache[key] = ax.index(dim)
+        return cache[key][leaf]
+
+    return Member(value, axis, roles.get((value, leaf), Role.CARRIER), positions)
+
+
+def _key(dim: Axis) -> tuple:
+    """A hashable picture of a normal form."""
+    return tuple(f if f.total is None else tuple(_key(part) for part in f.total) for f in ax.normal(dim))
+
+
+KIND_OF_MARK = (  # the first mark that a factor carries names its kind
+    ("expert", "expert"),
+    ("ssm_head", "ssm_head"),
+    ("ssm_state", "ssm_state"),
+    ("kv_group", "kv_group"),
+    ("head", "head"),
+    ("head_dim", "head_dim"),
+    ("renorm", "hidden"),
+    ("vocab", "vocab"),
+    ("conv", "channel"),
+)
+
+
+def _kind(leaf: Factor) -> str:
+    return next((kind for tag, kind in KIND_OF_MARK if tag in leaf.marks), "neuron")
+
+
+def _leafset(engine: Engine, value: Value, node: Node | None = None) -> set[Factor]:
+    dims = engine.constants.get((node, value)) if value.kind is Kind.CONSTANT and node is not None else engine.dims.get(value)
+    return {leaf for dim in dims or () for leaf in ax.leaves_of(dim)}
+
+
+def _exactness(engine: Engine, where: Mapping[Factor, Any]) -> tuple[dict[Factor, str], dict[Value, set[Factor]]]:
+    """Forward over all flows: along which candidate factors each value vanishes; a sum over one where nothing does is approximate."""
+    vanish: dict[Value, set[Factor]] = {}
+    leafsets: dict[tuple[Value, Node | None], set[Factor]] = {}
+
+    def leaves(value: Value, node: Node) -> set[Factor]:
+        key = (value, node if value.kind is Kind.CONSTANT else None)
+        if key not in leafsets:
+            leafsets[key] = _leafset(engine, value, node) & where.keys()
+        return leafsets[key]
+
+    def vanishing(value: Value, node: Node) -> set[Factor]:
+        if value.kind in (Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT):
+            return leaves(value, node)  # masked slices are zero
+        if value.kind is Kind.INPUT:
+            return leaves(value, node)  # free only in the rule checker, which masks inputs too
+        return vanish.get(value, set())
+
+    approximate: dict[Factor, str] = {}
+    for flow in engine.flows:
+        out = leaves(flow.out, flow.node)
+        over = {leaf for axis in flow.over for leaf in ax.leaves_of(axis)}
+        result: set[Factor] | None = None
+        for term in flow.terms:
+            gone: set[Factor] = set()
+            present: set[Factor] = set()
+            for value in term:
+                gone |= vanishing(value, flow.node)
+                present |= leaves(value, flow.node)
+            for leaf in present - out - over - gone:
+                approximate.setdefault(leaf, flow.node.name)
+            result = gone if result is None else result & gone
+        vanish[flow.out] = ((result or set()) | over) & out
+    return approximate, vanish
+
+
+def _roles(engine: Engine, where: Mapping[Factor, Any]) -> dict[tuple[Value, Factor], Role]:
+    """How each weight meets each factor, read at the first node where it (or a value computed from weights only) meets an activation."""
+    roles: dict[tuple[Value, Factor], Role] = {}
+    origin: dict[Value, set[Value]] = {}  # of values computed from weights only
+    for flow in engine.flows:
+        operands = list(dict.fromkeys(v for term in flow.terms for v in term))
+        operands += [v for v in flow.node.inputs if v not in operands]
+        live = [v for v in operands if v in engine.from_input]
+        if not live:
+            origin[flow.out] = set().union(*(origin.get(v, {v} if v.is_weight else set()) for v in operands))
+        out = _leafset(engine, flow.out)
+        for value in operands:
+            sources = origin.get(value, {value} if value.is_weight else set())
+            if not sources or value in engine.from_input:
+                continue
+            if not live:
+                continue
+            term = next((t for t in flow.terms if value in t), ())
+            for leaf in _leafset(engine, value) & where.keys():
+                elsewhere = any(leaf in _leafset(engine, v, flow.node) for v in term if v is not value)
+                if leaf not in out:
+                    role = Role.READER
+                elif elsewhere or len(term) < 2:
+                    role = Role.CARRIER
+                else:
+                    role = Role.WRITER
+                for source in sources:
+                    roles.setdefault((source, leaf), role)
+    return roles

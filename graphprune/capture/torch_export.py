@@ -1,0 +1,337 @@
+"""`torch.export` -> `Program`: one node per ATen op of the undecomposed training IR, nothing copied.
+
+The graph is only decomposed (functionalised) when an in-place op writes through a view, or into a value that is read again under its old name: there an in-place
+spelling is not its functional one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import CaptureError, InvalidInput
+from graphprune.program import Kind, Node, Program, Value, leaves
+
+log = logging.getLogger("graphprune")
+
+
+@dataclass(frozen=True, eq=False)
+class TorchSource:
+    """The user's module, the exported graph as a module of its own, and how its inputs are nested."""
+
+    module: nn.Module
+    graph_module: fx.GraphModule
+    args: tuple
+    kwargs: Mapping[str, Any]
+    dynamic_shapes: Any = None
+
+
+def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None) -> Program:
+    """Export a module in evaluation mode and view the result as a `Program`. The module is left as it was.
+
+    Raises:
+        CaptureError: torch.export rejects the module; the message holds its reason.
+    """
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InvalidInput("a ScriptModule has no Python source to export; give the nn.Module that it was made from, or its ONNX export")
+    with _evaluating(module), torch.no_grad(), _scans():
+        try:
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CaptureError(f"torch.export rejects {type(module).__name__}: {first}") from error
+    graph_module = _inlined(_unlifted(exported))
+    if _writes_through_aliases(graph_module.graph):
+        with torch.no_grad(), _scans():
+            exported = exported.run_decompositions({})
+        graph_module = _inlined(_unlifted(exported))
+    example = tuple(pytree.tree_leaves((args, kwargs)))
+    return from_graph_module(graph_module, example, TorchSource(module, graph_module, args, kwargs, dynamic_shapes))
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the duration; each sub-module's own mode comes back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _scans() -> contextlib.AbstractContextManager:
+    from graphprune.capture.scans import scans_captured_whole
+
+    return scans_captured_whole()
+
+
+def _unlifted(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    try:
+        graph_module = exported.module(check_guards=False)  # type: ignore[call-arg]
+    except TypeError:
+        graph_module = exported.module()
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and not node.users:  # guards on sizes that we may change
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module  # type: ignore[return-value]
+
+
+_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # name -> arguments before the body
+
+
+def _inlined(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Bodies of grad-mode and autocast wrappers become part of the graph."""
+    graph = graph_module.graph
+    again = True
+    while again:
+        again = False
+        for node in list(graph.nodes):
+            skip = _WRAPPERS.get(getattr(node.target, "__name__", str(node.target))) if node.op == "call_function" else None
+            if skip is None:
+                continue
+            body = graph_module.get_submodule(node.args[skip].target)
+            again = True
+            inputs = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[skip + 1 :]))
+            with graph.inserting_before(node):
+                for inner in body.graph.nodes:
+                    if inner.op == "output":
+                        result = fx.map_arg(inner.args[0], lambda n: inputs[n])
+                    elif inner.op == "get_attr":
+                        name = f"{node.args[skip].target}.{inner.target}"
+                        inputs[inner] = graph.get_attr(name)
+                        inputs[inner].meta = dict(inner.meta)
+                    elif inner.op != "placeholder":
+                        inputs[inner] = graph.node_copy(inner, lambda n: inputs[n])
+            for user in list(node.users):
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(result[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+    graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _writes_through_aliases(graph: fx.Graph) -> bool:
+    """Does an in-place op write into memory that is read again under another name?"""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    root: dict[fx.Node, fx.Node] = {}
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            if target is operator.getitem and node.args[0] in root:
+                root[node] = root[node.args[0]]
+                members[root[node]].append(node)
+            continue
+        base = None
+        for position, argument in enumerate(target._schema.arguments):
+            alias = argument.alias_info
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            if alias is None or not isinstance(given, fx.Node):
+                continue
+            base = root.get(given, given)
+            if alias.is_write:
+                for name in {base, *members.get(base, ())}:
+                    if name is not given and any(order[u] > order[node] for u in name.users):
+                        return True
+                if any(order[u] > order[node] for u in given.users):
+                    return True
+        if base is not None and target._schema.returns and target._schema.returns[0].alias_info is not None:
+            root[node] = base
+            members.setdefault(base, []).append(node)
+    return False
+
+
+class AtenCall:
+    """Calls an overload with arguments by schema name."""
+
+    __slots__ = ("keywords", "target")
+
+    def __init__(self, target: torch._ops.OpOverload) -> None:
+        self.target = target
+        self.keywords = {a.name for a in target._schema.arguments if a.kwarg_only}
+
+    def __call__(self, /, **args: Any) -> Any:
+        positional = [v for k, v in args.items() if k not in self.keywords]
+        return self.target(*positional, **{k: v for k, v in args.items() if k in self.keywords})
+
+
+class PlainCall:
+    """Calls a Python function (arithmetic on sizes, higher-order ops) with positional arguments in order."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __call__(self, /, **args: Any) -> Any:
+        return self.target(*args.values())
+
+
+def from_graph_module(graph_module: fx.GraphModule, example_inputs: Sequence[Any], source: Any) -> Program:
+    """View an FX graph of ATen ops as a `Program`; what depends on neither inputs nor weights is folded."""
+    env: dict[fx.Node, Any] = {}  # FX node -> Value, tuple of Values, or literal
+    weights: dict[str, Value] = {}
+    aliases: dict[str, str] = {}
+    by_storage: dict[tuple, Value] = {}
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    buffers = dict(graph_module.named_buffers(remove_duplicate=False))
+    inputs: list[Value] = []
+    nodes: list[Node] = []
+    outputs: tuple[Value, ...] = ()
+    for fx_node in graph_module.graph.nodes:
+        if fx_node.op == "placeholder":
+            env[fx_node] = _value(fx_node.name, Kind.INPUT, fx_node.meta.get("val"))
+            inputs.append(env[fx_node])
+        elif fx_node.op == "get_attr":
+            env[fx_node] = _attribute(graph_module, fx_node.target, parameters, buffers, weights, aliases, by_storage)
+        elif fx_node.op == "output":
+            flat = [env[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(fx_node.args)]
+            outputs = tuple(v for item in flat for v in (item if isinstance(item, tuple) else (item,)) if isinstance(v, Value))
+        elif fx_node.target is operator.getitem and isinstance(env.get(fx_node.args[0]), tuple):
+            env[fx_node] = env[fx_node.args[0]][fx_node.args[1]]
+        else:
+            _node(fx_node, env, nodes)
+    for node in nodes:
+        for value in dict.fromkeys(node.inputs):
+            value.uses.append(node)
+    return Program(tuple(nodes), tuple(inputs), outputs, weights, source, tuple(example_inputs), aliases)
+
+
+def _value(name: str, kind: Kind, meta: Any, tensor: torch.Tensor | None = None) -> Value:
+    if not isinstance(meta, torch.Tensor):
+        hint = meta
+        if isinstance(meta, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            hint = meta.node.hint
+        return Value(name, kind, None, None, tensor=torch.tensor(hint) if isinstance(hint, (int, float, bool)) else None)
+    shape, dynamic = [], set()
+    for axis, length in enumerate(meta.shape):
+        if isinstance(length, torch.SymInt):
+            symbolic = not length.node.is_constant() and not str(length.node.expr).isdigit()
+            if symbolic:
+                dynamic.add(axis)
+            length = length.node.hint if symbolic else int(length)
+        shape.append(1 if length is None else int(length))
+    return Value(name, kind, tuple(shape), meta.dtype, frozenset(dynamic), tensor)
+
+
+def _attribute(graph_module, name, parameters, buffers, weights, aliases, by_storage) -> Any:
+    """A parameter or buffer (tied ones meet by storage, layout and shape), a constant tensor, or a sub-module."""
+    if name in weights:
+        return weights[name]
+    if name in aliases:
+        return weights[aliases[name]]
+    kind = Kind.PARAMETER if name in parameters else Kind.BUFFER if name in buffers else Kind.CONSTANT
+    tensor: Any = graph_module
+    for part in name.split("."):
+        tensor = getattr(tensor, part)
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    if kind is Kind.CONSTANT or ".lifted_tensor_" in f".{name}" or name.startswith(("lifted_tensor", "_lifted_tensor")):
+        return _value(name, Kind.CONSTANT, tensor, tensor)
+    key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+    if key in by_storage and tensor.numel() > 0:
+        aliases[name] = by_storage[key].name
+        return by_storage[key]
+    weights[name] = by_storage[key] = _value(name, kind, tensor, tensor)
+    return weights[name]
+
+
+def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
+    target = fx_node.target
+    given = fx.map_arg((fx_node.args, dict(fx_node.kwargs)), lambda n: _Ref(env[n]))
+    positional, keywords = given
+    if isinstance(target, torch._ops.OpOverload):
+        domain = target.namespace
+        op_type = target._schema.name.partition("::")[2]
+        if op_type.endswith("_") and not op_type.startswith("__") and hasattr(getattr(torch.ops, domain), op_type[:-1]):
+            op_type = op_type[:-1]  # the rule, not the call, of the functional spelling
+        args = {}
+        for position, argument in enumerate(target._schema.arguments):
+            if position < len(positional):
+                args[argument.name] = positional[position]
+            elif argument.name in keywords:
+                args[argument.name] = keywords[argument.name]
+            else:
+                args[argument.name] = argument.default_value
+        call: Any = AtenCall(target)
+        random = torch.Tag.nondeterministic_seeded in target.tags
+    else:
+        domain, op_type = "python", getattr(target, "__name__", str(target))
+        args = {f"arg{i}": a for i, a in enumerate((*positional, *keywords.values()))}
+        call, random = PlainCall(target), False
+    args = {key: _plain(value) for key, value in args.items()}
+    stack = list((fx_node.meta.get("nn_module_stack") or {}).values())
+    node = Node(fx_node.name, domain, op_type, args, (), call, str(stack[-1][0]) if stack else "", fx_node)
+    metas = fx_node.meta.get("val")
+    many = isinstance(metas, (tuple, list))
+    operands = [v for v in node.inputs if not (op_type.startswith("new_") and v is next(iter(args.values())))]
+    symbolic = any(v.shape is None for v in operands)
+    constant = not random and domain != "python" and all(v.kind is Kind.CONSTANT or v.shape is None for v in operands)
+    kind = Kind.CONSTANT if constant else Kind.RESULT
+    values = tuple(_value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,)))  # type: ignore[arg-type]
+    node.outputs = values
+    env[fx_node] = values if many else values[0]
+    if constant:
+        _evaluate(node)
+        if not symbolic and not op_type.startswith("new_"):
+            return
+    for value in values:
+        value.producer = node
+    nodes.append(node)
+
+
+def _evaluate(node: Node) -> None:
+    """Fold a node at the example sizes."""
+    from graphprune.program import substitute
+
+    def concrete(leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        if leaf.kind is not Kind.CONSTANT and leaf.shape is not None:
+            return torch.empty(leaf.shape, dtype=leaf.dtype)  # `new_*` reads dtype and device only
+        return leaf.tensor if leaf.shape is not None else leaf.tensor.item()  # type: ignore[union-attr]
+
+    with torch.no_grad():
+        # in-place ops must not write into a constant that others read
+        args = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in substitute(node.args, concrete).items()}
+        result = node.call(**args)
+    for value, tensor in zip(node.outputs, result if isinstance(result, (tuple, list)) else (result,)):
+        value.tensor = tensor
+
+
+class _Ref:
+    """Keeps `fx.map_arg` from looking into tuples of values."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, _Ref):
+        return tree.value
+    if isinstance(tree, (list, tuple)):
+        return [_plain(item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: _plain(item) for key, item in tree.items()}
+    return tree
+
+
+def used_weights(program: Program) -> list[Value]:
+    """Weights that some node reads."""
+    return [v for v in program.weights.values() if v.uses or any(v is leaf for leaf in leaves([program.outputs]))]
