@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 _TABLES = ("pos", "table", "token", "embed", "query", "latent", "memory", "mean", "template")  # parameters that are data, not a map
@@ -77,6 +77,9 @@ def _fill(p: Tensor, name: str, path: str, owner: nn.Module, generator: torch.Ge
     sample = p.detach().flatten()[:: max(1, p.numel() // 4096)].float()
     low, high, spread = float(sample.min()), float(sample.max()), float(sample.std(correction=0))
     peak = max(abs(low), abs(high))
+    if name == "weight" and isinstance(owner, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        p.uniform_(0.5, 1.5, generator=generator)  # whatever it was: some start at zero, some near it
+        return
     constant = high - low <= 1e-6 * peak
     is_norm = "norm" in type(owner).__name__.lower()
     is_bias = name.endswith("bias")
