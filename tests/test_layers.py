@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = """
 errors
 axes files
+checkpoints
 program
-units
+units samples
 rules.notation
 analysis
 rules ops
@@ -30,7 +31,10 @@ report
 backends
 api
 backends.torch_compile
+bench
 demo
+options
+terminal
 cli
 __main__
 """

@@ -193,3 +193,13 @@ def _first(branch: Tree, items: Sequence[Any], most: int | None) -> Iterable[Any
     yield from shown
     if len(shown) < len(items):
         branch.add(Text(f"... {len(items) - len(shown)} more (--all shows them)", style="dim"))
+
+
+def explanation(rows: Iterable[tuple[str, int, Any]]) -> list[dict[str, Any]]:
+    """What `program.explain` found, one record per weight axis and group or reason."""
+    found = []
+    for tensor, axis, what in rows:
+        name = getattr(what, "name", None)
+        verdict = f"{what.size} units of group {name}" if name is not None else str(what)
+        found.append({"weight": tensor, "axis": axis, "prunable": name is not None, "why": verdict})
+    return found

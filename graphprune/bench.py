@@ -1,0 +1,110 @@
+"""How fast two models are, measured fairly: in turns on the same inputs, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import ConsoleRenderable
+from rich.console import Group as Stack
+from rich.text import Text
+
+from graphprune.errors import InvalidInput, MissingExtra
+from graphprune.files import PathLike
+from graphprune.report import Latency, tables
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of two models, and how many times faster the second is."""
+
+    names: tuple[str, str]
+    before: Latency
+    after: Latency
+    speedup: float  # median over rounds of (time of the first / time of the second)
+    low: float  # quartiles of the same
+    high: float
+    rounds: int
+
+    def __rich__(self) -> ConsoleRenderable:
+        rows = [
+            (tables.tail(name, 36), f"{it.median_ms:.3g} ms", f"{it.low_ms:.3g} to {it.high_ms:.3g}")
+            for name, it in zip(self.names, (self.before, self.after))
+        ]
+        line = f"{self.speedup:.2f}x faster (half of {self.rounds} rounds: {self.low:.2f} to {self.high:.2f}); "
+        where = f"{self.before.backend} on {self.before.device}"
+        return Stack(tables.grid(("model", "median", "half of the runs"), rows), Text(line + where))
+
+
+def compare(calls: Sequence[Callable[[], Any]], names: tuple[str, str], device: str, backend: str, seconds: float = 5.0) -> Comparison:
+    """Run two models in turns for about `seconds`, at least 5 rounds.
+
+    Raises:
+        InvalidInput: if `seconds` is not positive.
+    """
+    if seconds <= 0:
+        raise InvalidInput(f"the time to measure must be positive, found {seconds} s")
+    before, after = times = ([], [])  # type: tuple[list[float], list[float]]
+    for call in calls:
+        call()  # warms caches and allocators
+    end = time.perf_counter() + seconds
+    while len(before) < 5 or time.perf_counter() < end:
+        for index in (0, 1) if len(before) % 2 == 0 else (1, 0):
+            start = time.perf_counter()
+            calls[index]()
+            times[index].append(1e3 * (time.perf_counter() - start))
+    low, middle, high = np.quantile(np.array(before) / np.array(after), (0.25, 0.5, 0.75))
+    a, b = (_latency(it, device, backend) for it in times)
+    return Comparison(names, a, b, float(middle), float(low), float(high), len(before))
+
+
+def _latency(ms: Sequence[float], device: str, backend: str) -> Latency:
+    low, middle, high = (float(q) for q in np.quantile(ms, (0.25, 0.5, 0.75)))
+    return Latency(middle, low, high, device, backend)
+
+
+def onnx_call(path: PathLike, feeds: Mapping[str, np.ndarray], threads: int = 1) -> Callable[[], Any]:
+    """A call of an ONNX file by ONNX Runtime on the CPU.
+
+    Raises:
+        InvalidInput: if ONNX Runtime refuses the file or the inputs.
+        MissingExtra: if ONNX Runtime is not installed.
+    """
+    session = onnx_session(path, threads)
+    wanted = {it.name for it in session.get_inputs()}
+    if set(feeds) != wanted:
+        raise InvalidInput(f"{path} takes inputs {', '.join(sorted(wanted))}; found {', '.join(sorted(feeds)) or 'none'}")
+    return lambda: session.run(None, dict(feeds))
+
+
+def onnx_session(path: PathLike, threads: int = 1) -> Any:
+    """An ONNX Runtime session on the CPU that keeps to `threads` threads."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra(f'ONNX files are run by ONNX Runtime: pip install "graphprune[onnxruntime]" ({error})') from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base of their own
+        raise InvalidInput(f"ONNX Runtime refuses {Path(path).name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def module_call(module: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+    """A call of a torch module without gradients; on an accelerator it ends when the device is done."""
+    tensors = [it for it in (*args, *(kwargs or {}).values()) if isinstance(it, torch.Tensor)]
+    wait = torch.cuda.synchronize if any(it.is_cuda for it in tensors) else lambda: None
+
+    def call() -> None:
+        with torch.no_grad():
+            module(*args, **(kwargs or {}))
+        wait()
+
+    return call

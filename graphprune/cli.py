@@ -1,0 +1,193 @@
+"""The verbs of the command line: each parses, calls the api, prints."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphprune.errors import InvalidInput
+from graphprune.files import check_output
+from graphprune.options import Planning
+from graphprune.terminal import Talk, app, progress, show, verb
+
+# The compiler itself is imported inside the verbs: torch takes seconds to load, and `--help` should not.
+
+In = Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file, or a folder with a Hugging Face checkpoint.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes: an .onnx file or a folder.", show_default=False)]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", metavar="FILE.npz", help="Sample inputs: one array per model input, samples first.")
+]
+ReportFile = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report: .json or .html.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof that the pruned network is the masked one.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where to compute, as torch names it. Default: where the model is.")]
+OnUnknown = Annotated[str, typer.Option("--on-unknown", metavar="freeze|raise", help="At an op without a rule: leave it alone, or stop.")]
+Everything = Annotated[bool, typer.Option("--all", help="Show long lists whole.")]
+
+
+Saved = Annotated[Path | None, typer.Option("--plan-out", metavar="FILE.json", help="Also write the plan.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
+
+
+@verb("prune", "graphprune prune resnet50.onnx -o small.onnx --ratio 0.3")
+def prune(
+    source: In,
+    out: Out,
+    planning: Planning,
+    calibration: Calibration = None,
+    plan_out: Saved = None,
+    report: ReportFile = None,
+    no_verify: NoVerify = False,
+    backend: Annotated[str | None, typer.Option(help="What the result is for: torch, onnxruntime, triton.")] = None,
+    device: Device = None,
+    on_unknown: OnUnknown = "freeze",
+    talk: Talk = Talk(),  # noqa: B008  frozen
+) -> None:
+    """Remove the least important part of a network and save what is left.
+
+    A quarter of the units of every group goes, unless --ratio, --budget or --recipe say otherwise. The report tells how much smaller and
+    faster the result is, and whether the cut was proved right.
+    """
+    arguments = planning.arguments()
+    _outputs(source, out, plan_out, report)
+    import graphprune as gp
+    from graphprune.samples import read_samples
+
+    with progress(talk, f"reading {source.name}"):
+        program = gp.capture(_model(source, device))
+        arguments |= {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
+        arguments |= {"backend": backend} if backend else {}
+        result = gp.compile(program, **arguments, verify=not no_verify, device=device, on_unknown=on_unknown, progress=not talk.quiet)
+        result.save(out)
+        _also(result, plan_out, report)
+    show(talk, result.report.to_json, lambda: result.report)
+
+
+@verb("inspect", "graphprune inspect resnet50.onnx")
+def inspect(source: In, everything: Everything = False, talk: Talk = Talk()) -> None:  # noqa: B008
+    """List what can be cut, and what cannot and why."""
+    with progress(talk, f"reading {source.name}"):
+        import graphprune as gp
+        from graphprune.report import Frozen, GroupSummary, tables
+
+        program = gp.capture(_model(source))
+        groups = [GroupSummary.of(group) for group in program.groups]
+        frozen = [Frozen.of(f"{value.name}[{axis}]", why) for value, axis, why in program.analysis.frozen_axes()]
+    data = {"groups": [asdict(g) for g in groups], "not_prunable": [asdict(f) for f in frozen]}
+    show(talk, lambda: data, lambda: tables.inventory(groups, frozen, everything))
+
+
+@verb("explain", "graphprune explain resnet50.onnx layer4.2.conv3")
+def explain(
+    source: In,
+    name: Annotated[str, typer.Argument(help="A weight, a module or a group, as inspect names them.", show_default=False)],
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Tell of one weight, module or group why it can be cut or not."""
+    with progress(talk, f"reading {source.name}"):
+        import graphprune as gp
+        from graphprune.report import tables
+
+        rows = tables.explanation(gp.capture(_model(source)).explain(name))
+    show(talk, lambda: rows, lambda: tables.grid(("weight", "axis", "", ""), [tuple(map(str, row.values())) for row in rows]))
+
+
+@verb("plan", "graphprune plan resnet50.onnx -o plan.json --budget macs=50%")
+def plan(
+    source: In,
+    planning: Planning,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Where the plan goes.")] = None,
+    calibration: Calibration = None,
+    device: Device = None,
+    on_unknown: OnUnknown = "freeze",
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Decide what to cut without cutting it. The plan fits the same network in any form: ONNX file, checkpoint, module."""
+    arguments = planning.arguments()
+    _outputs(source, out)
+    import graphprune as gp
+    from graphprune.samples import read_samples
+
+    with progress(talk, f"reading {source.name}"):
+        program = gp.capture(_model(source, device))
+        arguments |= {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
+        made = gp.plan(program, **arguments, on_unknown=on_unknown)
+        if out is not None:
+            made.save(out)
+    show(talk, made.to_json, lambda: made)
+
+
+@verb("apply", "graphprune apply plan.json resnet50.onnx -o small.onnx")
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.", show_default=False)],
+    source: In,
+    out: Out,
+    calibration: Calibration = None,
+    report: ReportFile = None,
+    no_verify: NoVerify = False,
+    device: Device = None,
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Cut a network as a plan says."""
+    _outputs(source, out, report)
+    import graphprune as gp
+    from graphprune.samples import read_samples
+
+    with progress(talk, f"reading {source.name}"):
+        made = gp.Plan.load(plan)
+        program = gp.capture(_model(source, device))
+        arguments = {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
+        result = gp.apply(program, made, verify=not no_verify, **arguments)
+        result.save(out)
+        _also(result, None, report)
+    show(talk, result.report.to_json, lambda: result.report)
+
+
+@verb("diff", "graphprune diff resnet50.onnx small.onnx")
+def diff(a: In, b: In, everything: Everything = False, talk: Talk = Talk()) -> None:  # noqa: B008
+    """Show in which tensors two model files differ."""
+    from graphprune.report.compare import compare
+
+    with progress(talk, "comparing"):
+        difference = compare(a, b)
+    show(talk, lambda: asdict(difference), lambda: difference.view(everything))
+
+
+def _model(path: Path, device: str | None = None) -> Any:
+    """What `graphprune.capture` takes for IN: the path of an ONNX file, or the model in a folder."""
+    if not path.exists():
+        raise InvalidInput(f"{path} does not exist")
+    if path.is_dir():
+        from graphprune.checkpoints import load_checkpoint
+
+        model = load_checkpoint(path)
+        return model.to(device) if device else model
+    if path.suffix != ".onnx":
+        raise InvalidInput(f"{path} is neither an .onnx file nor a folder with a checkpoint")
+    return path
+
+
+def _outputs(source: Path, out: Path | None, *others: Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    if out is not None:
+        check_output(out, [source], folder=out.suffix not in (".onnx", ".json"))
+    for path in others:
+        if path is not None:
+            check_output(path, [source])
+
+
+def _also(result: Any, plan_out: Path | None, report: Path | None) -> None:
+    if plan_out is not None:
+        result.plan.save(plan_out)
+    if report is not None:
+        result.report.save(report)
+
+
+def main() -> None:
+    """Entry point of the `graphprune` command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    app(prog_name="graphprune")
