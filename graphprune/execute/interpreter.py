@@ -45,7 +45,7 @@ def run(
             return held[leaf]
         if isinstance(leaf, torch.dtype) and dtype is not None and leaf.is_floating_point:
             return dtype
-        return leaf
+        return _cast(leaf, dtype)  # a tensor given as an attribute
 
     def run_block(block: Block, block_inputs: Sequence[Any] = ()) -> list[Any]:
         env.update(zip(block.inputs, block_inputs))

@@ -1,0 +1,38 @@
+"""ONNX element types and tensors in torch."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
+    ir.DataType.FLOAT: torch.float32, ir.DataType.DOUBLE: torch.float64, ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.INT8: torch.int8, ir.DataType.INT16: torch.int16, ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64, ir.DataType.UINT8: torch.uint8, ir.DataType.UINT16: torch.uint16, ir.DataType.UINT32: torch.uint32,
+    ir.DataType.UINT64: torch.uint64, ir.DataType.BOOL: torch.bool, ir.DataType.COMPLEX64: torch.complex64,
+    ir.DataType.COMPLEX128: torch.complex128, ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn, ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
+}  # fmt: skip
+_AS_BYTES = {torch.bfloat16: np.int16, torch.float8_e4m3fn: np.uint8, torch.float8_e5m2: np.uint8}  # what numpy proper lacks
+
+
+def torch_dtype(number: int | None) -> torch.dtype | None:
+    """The torch type of an ONNX data type; None where torch has none, or none is given."""
+    return TORCH_DTYPES.get(ir.DataType(number)) if number else None
+
+
+def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor | None:
+    """The tensor as a torch tensor over the same memory; None for a type that torch does not have."""
+    dtype = TORCH_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        return None
+    array = tensor.numpy()
+    array = array.view(_AS_BYTES[dtype]) if dtype in _AS_BYTES else array
+    if not array.flags.c_contiguous or array.dtype.byteorder == ">":
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only memory: nothing here writes to it
+        out = torch.from_numpy(array)
+    return out.view(dtype) if dtype in _AS_BYTES else out

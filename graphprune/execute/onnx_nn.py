@@ -1,0 +1,580 @@
+"""ONNX operators of networks: convolution, pooling, normalisation, resizing, contraction, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphprune.errors import UnsupportedOp
+from graphprune.execute.onnx_tensors import ints, numbers
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _rank_lookup(table: dict[int, Callable[..., Any]], rank: int, op: str) -> Callable[..., Any]:
+    if rank not in table:
+        raise UnsupportedOp(f"ai.onnx::{op} over {rank} spatial axes; torch has 1 to 3")
+    return table[rank]
+
+
+def _pads(
+    auto_pad: str, pads: Sequence[int] | None, sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Padding before and after each spatial axis."""
+    rank = len(sizes)
+    if auto_pad in ("NOTSET", ""):
+        pads = list(pads or [0] * 2 * rank)
+        return pads[:rank], pads[rank:]
+    if auto_pad == "VALID":
+        return [0] * rank, [0] * rank
+    total = [
+        max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+        for size, k, stride, dilation in zip(sizes, kernel, strides, dilations)
+    ]
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return (small, large) if auto_pad == "SAME_UPPER" else (large, small)
+
+
+def _padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Tensor:
+    if not any(before) and not any(after):
+        return x
+    return F.pad(x, [amount for pair in zip(reversed(before), reversed(after)) for amount in pair], value=value)
+
+
+def _conv(
+    X: Tensor,
+    W: Tensor,
+    B: Tensor | None = None,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    rank = X.dim() - 2
+    strides, dilations = list(strides or [1] * rank), list(dilations or [1] * rank)
+    before, after = _pads(auto_pad, pads, X.shape[2:], W.shape[2:], strides, dilations)
+    conv = _rank_lookup(CONV, rank, "Conv")
+    if before == after:
+        return conv(X, W, B, strides, before, dilations, group)
+    return conv(_padded(X, before, after), W, B, strides, 0, dilations, group)
+
+
+def _conv_transpose(
+    X: Tensor,
+    W: Tensor,
+    B: Tensor | None = None,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    rank = X.dim() - 2
+    strides, dilations, extra = list(strides or [1] * rank), list(dilations or [1] * rank), list(output_padding or [0] * rank)
+    full = [s * (n - 1) + e + (k - 1) * d + 1 for n, k, s, d, e in zip(X.shape[2:], W.shape[2:], strides, dilations, extra)]
+    if output_shape is None and auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        output_shape = [n * s for n, s in zip(X.shape[2:], strides)]
+    if output_shape is not None:
+        total = [max(f - o, 0) for f, o in zip(full, list(output_shape)[-rank:])]
+        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        before, after = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
+        after = [a + min(f - o, 0) for a, f, o in zip(after, full, list(output_shape)[-rank:])]
+    else:
+        before, after = _pads(auto_pad, pads, X.shape[2:], W.shape[2:], strides, dilations)
+    # The whole sum first, then the crop: torch's own padding is symmetric.
+    whole = _rank_lookup(CONV_TRANSPOSE, rank, "ConvTranspose")(X, W, None, strides, 0, 0, group, dilations)
+    whole = _padded(whole, [-b for b in before], [e - a for e, a in zip(extra, after)])
+    return whole if B is None else whole + B.reshape(-1, *[1] * rank)
+
+
+def _causal_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, past_state: Tensor | None = None, activation: str = "none"
+) -> tuple[Tensor, Tensor]:
+    history = weight.shape[-1] - 1
+    past = past_state if past_state is not None else input.new_zeros(input.shape[0], input.shape[1], history)
+    whole = torch.cat([past, input], -1)
+    out = F.conv1d(whole, weight, bias, groups=input.shape[1])
+    return out if activation == "none" else F.silu(out), whole[..., whole.shape[-1] - history :]
+
+
+def _window(
+    X: Tensor,
+    kernel: Sequence[int],
+    auto_pad: str,
+    ceil_mode: int,
+    dilations: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    strides: Sequence[int] | None,
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """strides, dilations, padding before, padding after, and what `ceil_mode` adds after that, for each spatial axis."""
+    rank = X.dim() - 2
+    stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
+    before, after = _pads(auto_pad, pads, X.shape[2:], kernel, stride, dilation)
+    extra = [0] * rank
+    if ceil_mode:
+        for i, (size, k, s, d) in enumerate(zip(X.shape[2:], kernel, stride, dilation)):
+            room = size + before[i] + after[i] - ((k - 1) * d + 1)
+            steps = -(-room // s)
+            if steps * s >= size + before[i]:  # a window may not start in the padding
+                steps -= 1
+            extra[i] = max(steps * s - room, 0)
+    return stride, dilation, before, after, extra
+
+
+def _max_pool(
+    X: Tensor,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    storage_order: int = 0,
+    strides: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    rank = X.dim() - 2
+    stride, dilation, before, after, extra = _window(X, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
+    x = X if X.dtype.is_floating_point else X.to(torch.float32)
+    x = _padded(x, before, [a + e for a, e in zip(after, extra)], -math.inf)
+    values, index = _rank_lookup(MAX_POOL, rank, "MaxPool")(x, list(kernel_shape), stride, 0, dilation, return_indices=True)
+    position: list[Tensor] = []
+    flat = index
+    for i in reversed(range(rank)):
+        position.insert(0, flat % x.shape[2 + i] - before[i])
+        flat = flat // x.shape[2 + i]
+    axes = list(range(rank))
+    linear = torch.zeros_like(index)
+    for i in axes if not storage_order else reversed(axes):
+        linear = linear * X.shape[2 + i] + position[i]
+    planes = torch.arange(X.shape[0] * X.shape[1], device=X.device).reshape(X.shape[0], X.shape[1], *[1] * rank)
+    return values.to(X.dtype), linear + planes * math.prod(X.shape[2:])
+
+
+def _sum_pool(x: Tensor, kernel: Sequence[int], stride: list[int], dilation: list[int]) -> Tensor:
+    rank = x.dim() - 2
+    if any(d != 1 for d in dilation):
+        ones = x.new_ones(1, 1, *kernel)
+        flat = x.reshape(-1, 1, *x.shape[2:])
+        pooled = _rank_lookup(CONV, rank, "AveragePool")(flat, ones, None, stride, 0, dilation)
+        return pooled.reshape(*x.shape[:2], *pooled.shape[2:])
+    return _rank_lookup(AVG_POOL, rank, "AveragePool")(x, list(kernel), stride) * math.prod(kernel)
+
+
+def _average_pool(
+    X: Tensor,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    stride, dilation, before, after, extra = _window(X, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
+    inside = torch.ones((1, 1, *X.shape[2:]), dtype=X.dtype, device=X.device)
+    inside = _padded(_padded(inside, before, after, float(count_include_pad)), [0] * len(extra), extra)
+    total = _sum_pool(_padded(X, before, [a + e for a, e in zip(after, extra)]), kernel_shape, stride, dilation)
+    return total / _sum_pool(inside, kernel_shape, stride, dilation)
+
+
+def _lp_pool(
+    X: Tensor,
+    kernel_shape: Sequence[int],
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    dilations: Sequence[int] | None = None,
+    p: int = 2,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    stride, dilation, before, after, extra = _window(X, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
+    x = _padded(X.abs().pow(p), before, [a + e for a, e in zip(after, extra)])
+    return _sum_pool(x, kernel_shape, stride, dilation).pow(1 / p)
+
+
+def _spatial(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def _batch_norm(
+    X: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    input_mean: Tensor,
+    input_var: Tensor,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    training_mode: int = 0,
+) -> tuple[Tensor, ...]:
+    shape = (-1, *[1] * (X.dim() - 2))
+    mean, var = input_mean, input_var
+    running: tuple[Tensor, ...] = ()
+    if training_mode:
+        over = (0, *_spatial(X))
+        mean, var = X.mean(over), X.var(over, unbiased=False)
+        running = (input_mean * momentum + mean * (1 - momentum), input_var * momentum + var * (1 - momentum))
+    factor = scale / torch.sqrt(var + epsilon)
+    return ((X - mean.reshape(shape)) * factor.reshape(shape) + B.reshape(shape)).to(X.dtype), *running
+
+
+def _stash(x: Tensor) -> Tensor:
+    """Statistics of half-precision data are taken in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _layer_norm(X: Tensor, Scale: Tensor, B: Tensor | None = None, axis: int = -1, epsilon: float = 1e-5) -> tuple[Tensor, ...]:
+    over = tuple(range(axis % X.dim(), X.dim()))
+    x = _stash(X)
+    mean = x.mean(over, keepdim=True)
+    inverse = (x.var(over, unbiased=False, keepdim=True) + epsilon).rsqrt()
+    out = ((x - mean) * inverse).to(X.dtype) * Scale
+    return out if B is None else out + B, mean, inverse
+
+
+def _rms_norm(X: Tensor, scale: Tensor, axis: int = -1, epsilon: float = 1e-5) -> Tensor:
+    over = tuple(range(axis % X.dim(), X.dim()))
+    x = _stash(X)
+    return (x * (x.square().mean(over, keepdim=True) + epsilon).rsqrt()).to(X.dtype) * scale
+
+
+def _group_norm(X: Tensor, scale: Tensor, bias: Tensor, num_groups: int, epsilon: float = 1e-5) -> Tensor:
+    if scale.numel() == num_groups != X.shape[1]:  # before opset 21 there is one scale per group
+        scale, bias = (t.repeat_interleave(X.shape[1] // num_groups) for t in (scale, bias))
+    return torch.group_norm(X, num_groups, scale, bias, epsilon)
+
+
+def _lrn(X: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Tensor:
+    squares = F.pad(X.square().movedim(1, -1), ((size - 1) // 2, size // 2))
+    total = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
+    return X / (bias + alpha / size * total).pow(beta)
+
+
+def _gemm(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0) -> Tensor:
+    out = (A.T if transA else A) @ (B.T if transB else B)
+    out = out if alpha == 1 else out * alpha
+    return out if C is None else out + (C if beta == 1 else C * beta)
+
+
+def _einsum(Inputs: Sequence[Tensor], equation: str) -> Tensor:
+    return torch.einsum(equation.replace(" ", ""), *Inputs)
+
+
+# --- resizing -----------------------------------------------------------------------------------------------------------------
+
+
+def _source_position(mode: str, out: int, size: int, scale: float, roi: tuple[float, float]) -> Tensor:
+    """Where along an axis of `size` each of the `out` new positions lies, in float64."""
+    x = torch.arange(out, dtype=torch.float64)
+    if mode == "asymmetric":
+        return x / scale
+    if mode == "align_corners":
+        return x * (size - 1) / (out - 1) if out > 1 else torch.zeros_like(x)
+    if mode == "pytorch_half_pixel":
+        return (x + 0.5) / scale - 0.5 if out > 1 else torch.zeros_like(x)
+    if mode == "tf_half_pixel_for_nn":
+        return (x + 0.5) / scale
+    if mode == "tf_crop_and_resize":
+        start, end = roi
+        if out == 1:
+            return torch.full_like(x, 0.5 * (start + end) * (size - 1))
+        return start * (size - 1) + x * (end - start) * (size - 1) / (out - 1)
+    if mode == "half_pixel_symmetric":
+        offset = size / 2 * (1 - out / (scale * size))
+        return offset + (x + 0.5) / scale - 0.5
+    return (x + 0.5) / scale - 0.5  # half_pixel
+
+
+def _nearest(position: Tensor, mode: str) -> Tensor:
+    if mode == "floor":
+        return position.floor()
+    if mode == "ceil":
+        return position.ceil()
+    return (position + 0.5).floor() if mode == "round_prefer_ceil" else (position - 0.5).ceil()
+
+
+def _kernel(distance: Tensor, mode: str, a: float) -> Tensor:
+    d = distance.abs()
+    if mode == "linear":
+        return (1 - d).clamp(min=0)
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+
+def _interpolation(position: Tensor, size: int, mode: str, scale: float, a: float, antialias: bool, exclude_outside: bool) -> Tensor:
+    """The (new, old) matrix of weights along one axis."""
+    reach = min(scale, 1.0) if antialias else 1.0
+    radius = math.ceil((1 if mode == "linear" else 2) / reach)
+    taps = position.floor()[:, None] + torch.arange(-radius, radius + 2)
+    weights = _kernel((taps - position[:, None]) * reach, mode, a)
+    if exclude_outside or antialias:
+        weights = torch.where((taps >= 0) & (taps < size), weights, torch.zeros_like(weights)) if exclude_outside else weights
+        weights = weights / weights.sum(1, keepdim=True)
+    matrix = torch.zeros(len(position), size, dtype=torch.float64)
+    return matrix.scatter_add(1, taps.clamp(0, size - 1).long(), weights)
+
+
+def _resize(
+    X: Tensor,
+    roi: Any = None,
+    scales: Any = None,
+    sizes: Any = None,
+    antialias: int = 0,
+    axes: Sequence[int] | None = None,
+    coordinate_transformation_mode: str = "half_pixel",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    extrapolation_value: float = 0.0,
+    keep_aspect_ratio_policy: str = "stretch",
+    mode: str = "nearest",
+    nearest_mode: str = "round_prefer_floor",
+) -> Tensor:
+    over = [axis % X.dim() for axis in (axes if axes is not None else range(X.dim()))]
+    old = [X.shape[axis] for axis in over]
+    wanted, factors, region = ints(sizes) or [], numbers(scales) or [], numbers(roi) or []
+    if wanted:
+        factors = [new / size for new, size in zip(wanted, old)]
+        if keep_aspect_ratio_policy != "stretch":
+            common = (min if keep_aspect_ratio_policy == "not_larger" else max)(factors)
+            factors, wanted = [common] * len(over), [math.floor(common * size + 0.5) for size in old]
+    else:
+        wanted = [math.floor(size * factor) for size, factor in zip(old, factors)]
+    out, dtype = X, X.dtype
+    if mode != "nearest" and not dtype.is_floating_point:
+        out = out.to(torch.float32)
+    for i, axis in enumerate(over):
+        cropped = coordinate_transformation_mode == "tf_crop_and_resize"
+        if wanted[i] == old[i] and factors[i] == 1 and not cropped:
+            continue
+        bounds = (region[i], region[i + len(over)]) if cropped else (0.0, 1.0)
+        position = _source_position(coordinate_transformation_mode, wanted[i], old[i], factors[i], bounds)
+        if mode == "nearest":
+            index = _nearest(position, nearest_mode).clamp(0, old[i] - 1).long().to(X.device)
+            out = out.index_select(axis, index)
+        else:
+            weights = _interpolation(position, old[i], mode, factors[i], cubic_coeff_a, bool(antialias), bool(exclude_outside))
+            out = (out.movedim(axis, -1) @ weights.to(X.device, out.dtype).T).movedim(-1, axis)
+        if cropped:
+            outside = ((position < 0) | (position > old[i] - 1)).to(X.device)
+            out = torch.where(outside.reshape([-1 if j == axis else 1 for j in range(X.dim())]), out.new_tensor(extrapolation_value), out)
+    return out.to(dtype)
+
+
+def _upsample(X: Tensor, scales: Any, mode: str = "nearest") -> Tensor:
+    return _resize(X, scales=scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+
+
+_GRID_MODES = {"bilinear": "bilinear", "linear": "bilinear", "bicubic": "bicubic", "cubic": "bicubic", "nearest": "nearest"}
+
+
+def _grid_sample(X: Tensor, grid: Tensor, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros") -> Tensor:
+    return F.grid_sample(X, grid.to(X.dtype), _GRID_MODES[mode], padding_mode, bool(align_corners))
+
+
+def _affine_grid(theta: Tensor, size: Any, align_corners: int = 0) -> Tensor:
+    return F.affine_grid(theta, ints(size) or [], bool(align_corners))
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------
+
+
+def _heads(x: Tensor, num_heads: int | None) -> Tensor:
+    """(batch, length, heads * dim) as (batch, heads, length, dim); four axes stay as they are."""
+    if x.dim() == 4:
+        return x
+    return x.reshape(x.shape[0], x.shape[1], num_heads or 1, -1).transpose(1, 2)
+
+
+def _attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    attn_mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    nonpad_kv_seqlen: Tensor | None = None,
+    is_causal: int = 0,
+    kv_num_heads: int | None = None,
+    q_num_heads: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    softmax_precision: torch.dtype | None = None,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
+) -> tuple[Tensor, ...]:
+    q, k, v = _heads(Q, q_num_heads), _heads(K, kv_num_heads), _heads(V, kv_num_heads)
+    past = 0
+    if past_key is not None and past_value is not None:
+        past = past_key.shape[2]
+        k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
+    present = k, v
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    raw = (q * math.sqrt(scale)) @ (k * math.sqrt(scale)).transpose(-1, -2)
+    capped = softcap * torch.tanh(raw / softcap) if softcap else raw
+    length, total = q.shape[2], k.shape[2]
+    bias = torch.zeros((), dtype=q.dtype, device=q.device)
+    hidden = torch.tensor(-math.inf, dtype=q.dtype, device=q.device)
+    if attn_mask is not None:
+        short = total - attn_mask.shape[-1]
+        if attn_mask.dtype == torch.bool:
+            bias = torch.where(F.pad(attn_mask, (0, short)), bias, hidden)
+        else:
+            bias = F.pad(attn_mask.to(q.dtype), (0, short), value=-math.inf)
+    columns = torch.arange(total, device=q.device)
+    offset = torch.tensor([past], device=q.device)
+    if nonpad_kv_seqlen is not None:
+        filled = nonpad_kv_seqlen.reshape(-1, 1, 1, 1)
+        bias = bias + torch.where(columns < filled, torch.zeros_like(hidden), hidden)
+        offset = filled - length if past_key is None else offset
+    rows = torch.arange(length, device=q.device)[:, None] + offset
+    if is_causal:
+        bias = bias + torch.where(columns <= rows, torch.zeros_like(hidden), hidden)
+    if left_window_size >= 0:
+        bias = bias + torch.where(columns >= rows - left_window_size, torch.zeros_like(hidden), hidden)
+    if right_window_size >= 0:
+        bias = bias + torch.where(columns <= rows + right_window_size, torch.zeros_like(hidden), hidden)
+    logits = capped + bias
+    weights = torch.softmax(logits.to(softmax_precision or logits.dtype), -1).to(q.dtype)
+    weights = torch.where((logits == -math.inf).all(-1, keepdim=True), torch.zeros_like(weights), weights)
+    out = weights @ v
+    if Q.dim() == 3:
+        out = out.transpose(1, 2).reshape(Q.shape[0], length, -1)
+    return out, *present, (raw, capped, logits, weights)[qk_matmul_output_mode]
+
+
+def _rotary(
+    X: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    position_ids: Tensor | None = None,
+    interleaved: int = 0,
+    num_heads: int | None = None,
+    rotary_embedding_dim: int = 0,
+) -> Tensor:
+    x = _heads(X, num_heads)
+    width = rotary_embedding_dim or x.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if position_ids is not None:
+        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
+    cos, sin = cos_cache.unsqueeze(1), sin_cache.unsqueeze(1)
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    out = torch.cat([turned, rest], -1)
+    return out if X.dim() == 4 else out.transpose(1, 2).reshape(X.shape)
+
+
+def _linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_state: Tensor | None = None,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    kv_num_heads: int = 1,
+    q_num_heads: int = 1,
+    scale: float = 0.0,
+    update_rule: str = "gated_delta",
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _heads(query, q_num_heads), _heads(key, kv_num_heads), _heads(value, kv_num_heads)
+    scale = scale or 1 / math.sqrt(q.shape[-1])
+    state = past_state if past_state is not None else q.new_zeros(k.shape[0], k.shape[1], k.shape[3], v.shape[3])
+    gate = _heads(decay, kv_num_heads).exp() if decay is not None else None
+    rate = beta.transpose(1, 2)[..., None] if beta is not None else None
+    outputs = []
+    for t in range(k.shape[2]):
+        if "gated" in update_rule and gate is not None:
+            state = state * gate[:, :, t].unsqueeze(-1)
+        update = v[:, :, t]
+        if "delta" in update_rule and rate is not None:
+            update = rate[:, :, t] * (update - (state * k[:, :, t].unsqueeze(-1)).sum(-2))
+        state = state + k[:, :, t].unsqueeze(-1) * update.unsqueeze(-2)
+        shared = state.repeat_interleave(q_num_heads // kv_num_heads, 1)
+        outputs.append(scale * (q[:, :, t].unsqueeze(-1) * shared).sum(-2))
+    return torch.stack(outputs, 1).reshape(query.shape[0], query.shape[1], -1), state
+
+
+# --- signals ------------------------------------------------------------------------------------------------------------------
+
+
+def _dft(input: Tensor, dft_length: Any = None, axis: Any = None, inverse: int = 0, onesided: int = 0) -> Tensor:
+    (dim,) = ints(axis) or (-2,)
+    dim = dim % input.dim()
+    lengths = ints(dft_length)
+    signal = torch.view_as_complex(input.contiguous()) if input.shape[-1] == 2 else input[..., 0]
+    if onesided and inverse:
+        return torch.fft.irfft(signal, lengths[0] if lengths else None, dim).unsqueeze(-1)
+    length = lengths[0] if lengths else signal.shape[dim]
+    spectrum = (torch.fft.ifft if inverse else torch.fft.fft)(signal, length, dim)
+    return torch.view_as_real(spectrum.narrow(dim, 0, length // 2 + 1) if onesided else spectrum)
+
+
+def _stft(signal: Tensor, frame_step: Any, window: Tensor | None = None, frame_length: Any = None, onesided: int = 1) -> Tensor:
+    (step,) = ints(frame_step) or (1,)
+    length = (ints(frame_length) or [window.shape[0] if window is not None else 0])[0]
+    real = signal.dim() == 2 or signal.shape[-1] == 1
+    x = signal if signal.dim() == 2 else signal[..., 0] if real else torch.view_as_complex(signal.contiguous())
+    frames = x.unfold(1, length, step)
+    frames = frames if window is None else frames * window
+    spectrum = torch.fft.fft(frames, dim=-1)
+    return torch.view_as_real(spectrum[..., : length // 2 + 1] if onesided and real else spectrum)
+
+
+def _cosine_window(*terms: float) -> Callable[..., Tensor]:
+    def run(size: Any, periodic: int = 1, output_datatype: torch.dtype | None = torch.float32) -> Tensor:
+        (count,) = ints(size) or (0,)
+        phase = 2 * math.pi * torch.arange(count, dtype=torch.float64) / (count if periodic else count - 1)
+        return sum((term * torch.cos(i * phase) for i, term in enumerate(terms)), torch.zeros_like(phase)).to(output_datatype)
+
+    return run
+
+
+NN_OPS: dict[str, Callable[..., Any]] = {
+    "AffineGrid": _affine_grid,
+    "Attention": _attention,
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "BlackmanWindow": _cosine_window(0.42, -0.5, 0.08),
+    "CausalConvWithState": _causal_conv,
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "DFT": _dft,
+    "Einsum": _einsum,
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda X: X.mean(_spatial(X), keepdim=True),
+    "GlobalLpPool": lambda X, p=2: X.norm(p, dim=_spatial(X), keepdim=True),
+    "GlobalMaxPool": lambda X: X.amax(_spatial(X), keepdim=True),
+    "GridSample": _grid_sample,
+    "GroupNormalization": _group_norm,
+    "HammingWindow": _cosine_window(25 / 46, -21 / 46),
+    "HannWindow": _cosine_window(0.5, -0.5),
+    "InstanceNormalization": lambda input, scale, B, epsilon=1e-5: torch.group_norm(input, input.shape[1], scale, B, epsilon),
+    "LRN": _lrn,
+    "LayerNormalization": _layer_norm,
+    "LinearAttention": _linear_attention,
+    "LpPool": _lp_pool,
+    "MatMul": lambda A, B: torch.matmul(A, B),
+    "MaxPool": _max_pool,
+    "RMSNormalization": _rms_norm,
+    "Resize": _resize,
+    "RotaryEmbedding": _rotary,
+    "STFT": _stft,
+    "Upsample": _upsample,
+}
