@@ -108,3 +108,22 @@ def module_call(module: Callable[..., Any], args: Sequence[Any] = (), kwargs: Ma
         wait()
 
     return call
+
+
+def compare_models(a: Any, b: Any, names: tuple[str, str], threads: int = 1, seconds: float = 5.0) -> Comparison:
+    """Time two ONNX files by ONNX Runtime, or two modules by PyTorch, on the example inputs of the first."""
+    from graphprune.api import capture
+
+    program = capture(a)
+    if isinstance(a, os.PathLike):
+        feeds = {value.name: np.asarray(x) for value, x in zip(program.inputs, program.example_inputs)}
+        calls, backend = [onnx_call(path, feeds, threads) for path in (a, b)], "onnxruntime"
+        return compare(calls, names, f"cpu, {threads} thread" + "s" * (threads > 1), backend, seconds)
+    source, before = program.source, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        device = str(next(a.parameters()).device)
+        where = f"cpu, {threads} thread" + "s" * (threads > 1) if device == "cpu" else device
+        return compare([module_call(m, source.args, source.kwargs) for m in (a, b)], names, where, "torch", seconds)
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphprune.errors import InvalidInput
+from graphprune.errors import InvalidInput, VerificationFailed
 from graphprune.files import check_output
 from graphprune.options import Planning
 from graphprune.terminal import Talk, app, progress, show, verb
@@ -70,6 +70,7 @@ def prune(
 @verb("inspect", "graphprune inspect resnet50.onnx")
 def inspect(source: In, everything: Everything = False, talk: Talk = Talk()) -> None:  # noqa: B008
     """List what can be cut, and what cannot and why."""
+    _kind(source)
     with progress(talk, f"reading {source.name}"):
         import graphprune as gp
         from graphprune.report import Frozen, GroupSummary, tables
@@ -88,12 +89,13 @@ def explain(
     talk: Talk = Talk(),  # noqa: B008
 ) -> None:
     """Tell of one weight, module or group why it can be cut or not."""
+    _kind(source)
     with progress(talk, f"reading {source.name}"):
         import graphprune as gp
         from graphprune.report import tables
 
         rows = tables.explanation(gp.capture(_model(source)).explain(name))
-    show(talk, lambda: rows, lambda: tables.grid(("weight", "axis", "", ""), [tuple(map(str, row.values())) for row in rows]))
+    show(talk, lambda: rows, lambda: tables.listing(rows))
 
 
 @verb("plan", "graphprune plan resnet50.onnx -o plan.json --budget macs=50%")
@@ -147,6 +149,44 @@ def apply(
     show(talk, result.report.to_json, lambda: result.report)
 
 
+@verb("verify", "graphprune verify resnet50.onnx small.onnx --plan plan.json")
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The network before the cut.", show_default=False)],
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED", help="The network after it.", show_default=False)],
+    plan: Annotated[Path, typer.Option("--plan", metavar="PLAN.json", help="The plan that was applied.", show_default=False)],
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Prove again that a pruned network is its original with the removed units masked."""
+    _exist(original, pruned, plan)
+    with progress(talk, f"reading {original.name}"):
+        import graphprune as gp
+        from graphprune.report import tables
+
+        certificate = gp.verify(_model(original), _model(pruned), gp.Plan.load(plan))
+    show(talk, certificate.to_json, lambda: tables.certificate(asdict(certificate)))
+    if not certificate.passed:
+        raise VerificationFailed(f"{pruned.name} was not shown to be {original.name} with the units of {plan.name} masked")
+
+
+@verb("bench", "graphprune bench resnet50.onnx small.onnx --seconds 10")
+def bench(
+    a: In,
+    b: In,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.")] = 5.0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that each model may use.")] = 1,
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Time two models in turns on the CPU: ONNX files by ONNX Runtime, folders by PyTorch."""
+    _exist(a, b)
+    if a.is_dir() != b.is_dir():
+        raise InvalidInput("an .onnx file and a folder are run by different runtimes, so their times do not compare; give two of a kind")
+    with progress(talk, f"measuring for {seconds:g} s"):
+        from graphprune.bench import compare_models
+
+        comparison = compare_models(_model(a), _model(b), (a.name, b.name), threads, seconds)
+    show(talk, lambda: asdict(comparison), lambda: comparison)
+
+
 @verb("diff", "graphprune diff resnet50.onnx small.onnx")
 def diff(a: In, b: In, everything: Everything = False, talk: Talk = Talk()) -> None:  # noqa: B008
     """Show in which tensors two model files differ."""
@@ -157,22 +197,61 @@ def diff(a: In, b: In, everything: Everything = False, talk: Talk = Talk()) -> N
     show(talk, lambda: asdict(difference), lambda: difference.view(everything))
 
 
+@verb("recipes", "graphprune recipes")
+def recipes(talk: Talk = Talk()) -> None:  # noqa: B008
+    """List the published methods that --recipe takes."""
+    with progress(talk, "reading recipes"):
+        import graphprune as gp
+        from graphprune.report import tables
+
+        rows = tables.records(gp.recipes())
+    show(talk, lambda: rows, lambda: tables.listing(rows))
+
+
+@verb("demo", "graphprune demo")
+def demo(
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.onnx", help="Keep the pruned model.")] = None,
+    ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Fraction of units removed per group.")] = 0.25,
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
+    """Prune a real pretrained model, run it, and show size, speed and quality before and after."""
+    if out is not None:
+        check_output(out)
+    with progress(talk, "starting"):
+        from graphprune.demo import run
+
+        report = run(ratio, out)
+    show(talk, report.to_json, lambda: report)
+
+
+def _exist(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise InvalidInput(f"{path} does not exist")
+
+
+def _kind(path: Path) -> None:
+    _exist(path)
+    if path.is_file() and path.suffix != ".onnx":
+        raise InvalidInput(f"{path} is neither an .onnx file nor a folder with a checkpoint")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidInput(f"{path} is no checkpoint: it holds no config.json")
+
+
 def _model(path: Path, device: str | None = None) -> Any:
     """What `graphprune.capture` takes for IN: the path of an ONNX file, or the model in a folder."""
-    if not path.exists():
-        raise InvalidInput(f"{path} does not exist")
-    if path.is_dir():
-        from graphprune.checkpoints import load_checkpoint
+    _kind(path)
+    if path.is_file():
+        return path
+    from graphprune.checkpoints import load_checkpoint
 
-        model = load_checkpoint(path)
-        return model.to(device) if device else model
-    if path.suffix != ".onnx":
-        raise InvalidInput(f"{path} is neither an .onnx file nor a folder with a checkpoint")
-    return path
+    model = load_checkpoint(path)
+    return model.to(device) if device else model
 
 
 def _outputs(source: Path, out: Path | None, *others: Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
+    """Refuse before any work what could not be read in it or written after it."""
+    _kind(source)
     if out is not None:
         check_output(out, [source], folder=out.suffix not in (".onnx", ".json"))
     for path in others:

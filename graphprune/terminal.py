@@ -74,6 +74,9 @@ def verb(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..
 
 def _guarded(call: Callable[[], None]) -> int:
     """The exit code of `call`: never a traceback, unless it is asked for."""
+    if os.environ.get(DEBUG):
+        call()
+        return 0
     try:
         call()
         return 0
@@ -91,8 +94,6 @@ def _guarded(call: Callable[[], None]) -> int:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         code, line = 1, f"internal error, {type(error).__name__}: {first} (set {DEBUG}=1 to see where, and please report it)"
-    if os.environ.get(DEBUG):
-        raise
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(line)}")
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -146,7 +147,13 @@ def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
     """A certificate's line, green only when it passed."""
     status = str(it.get("status", "unknown"))
     style = {"passed": "green", "failed": "bold red"}.get(status, "yellow")
-    return Text.assemble("certificate  ", (status, style), "  ", str(it.get("summary", "")))
+    line = Text.assemble("certificate  ", (status, style))
+    if "error" in it and "tolerance" in it:
+        formula = "the masked network" if it.get("exact", True) else "the masked network, norms over what is kept"
+        line.append(f"  equals {formula}: error {it['error']:.1e}, tolerance {it['tolerance']:.1e}")
+    for note in it.get("notes", ()):
+        line.append(f"\n             {note}", style="dim")
+    return line
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -203,3 +210,25 @@ def explanation(rows: Iterable[tuple[str, int, Any]]) -> list[dict[str, Any]]:
         verdict = f"{what.size} units of group {name}" if name is not None else str(what)
         found.append({"weight": tensor, "axis": axis, "prunable": name is not None, "why": verdict})
     return found
+
+
+def records(registry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A registry of dataclasses as rows: the name, then the fields that are text, numbers or names."""
+    rows = []
+    for name, item in registry.items():
+        described = {f.name: getattr(item, f.name) for f in fields(item)} if is_dataclass(item) else dict(item)
+        rows.append({"name": name, **{key: _word(value) for key, value in described.items() if key != "name"}})
+    return rows
+
+
+def listing(rows: Sequence[Mapping[str, Any]]) -> ConsoleRenderable:
+    """Rows of equal keys as a table under these keys."""
+    return grid(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows]) if rows else Text("none")
+
+
+def _word(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_word, value))
+    return str(getattr(value, "__name__", value))

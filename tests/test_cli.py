@@ -1,0 +1,219 @@
+"""The command line as a user meets it: help, exit codes, one line per mistake, data on stdout, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from graphprune import errors, options, terminal
+from graphprune.cli import app
+from graphprune.program import Kind, Value
+from graphprune.samples import read_samples
+from tests.test_report import onnx_file
+
+VERBS = ("prune", "inspect", "explain", "plan", "apply", "verify", "bench", "diff", "recipes", "demo")
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments, **environment):
+    """Run the command line in this process."""
+    return CliRunner(env={"COLUMNS": "100", "TERM": "dumb", **environment}).invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def model(tmp_path):
+    return onnx_file(tmp_path / "in.onnx", width=8)
+
+
+def test_help_names_every_verb():
+    shown = call("--help")
+    assert shown.exit_code == 0
+    for verb in VERBS:
+        assert f" {verb} " in shown.stdout, verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    shown = call(verb, "--help")
+    assert shown.exit_code == 0 and f"Example: graphprune {verb}" in " ".join(shown.stdout.split())
+
+
+def test_help_answers_without_loading_torch():
+    script = "import sys\nfrom graphprune.cli import app\ntry: app(['prune', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "IN", "-o", "OUT", "--ratio", "1"), "less than 1"),
+        (("prune", "IN", "-o", "OUT", "--ratio", "-0.1"), "at least 0"),
+        (("prune", "IN", "-o", "OUT", "--ratio", "half"), "takes a number"),
+        (("prune", "IN", "-o", "OUT", "--budget", "macs"), "name=value"),
+        (("prune", "IN", "-o", "OUT", "--budget", "macs=lots"), "takes a number"),
+        (("prune", "IN", "-o", "OUT", "--round-to", "0"), "positive number"),
+        (("prune", "IN", "-o", "IN"), "it is the input"),
+        (("prune", "IN", "-o", "no/such/folder/out.onnx"), "does not exist"),
+        (("prune", "IN", "-o", "OUT", "--report", "no/such/folder/r.json"), "does not exist"),
+        (("prune", "missing.onnx", "-o", "OUT"), "missing.onnx does not exist"),
+        (("prune", "FOLDER", "-o", "OUT"), "holds no config.json"),
+        (("inspect", "README"), "neither an .onnx file nor a folder"),
+        (("inspect", "TRUNCATED"), "truncated.onnx"),
+        (("explain", "IN", "nothing.of.the.sort"), "nothing.of.the.sort"),
+        (("prune", "IN", "-o", "OUT", "--calibration", "missing.npz"), "missing.npz does not exist"),
+        (("prune", "IN", "-o", "OUT", "--recipe", "no-such-recipe"), "no-such-recipe"),
+        (("prune", "IN", "-o", "OUT", "--units", "chanel"), "chanel"),
+        (("apply", "README", "IN", "-o", "OUT"), "README.md"),
+        (("bench", "IN", "missing.onnx"), "missing.onnx does not exist"),
+        (("diff", "IN", "README"), "not a readable ONNX file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, arguments, message):
+    (tmp_path / "truncated.onnx").write_bytes(model.read_bytes()[:120])
+    (tmp_path / "folder").mkdir()
+    names = {"IN": model, "OUT": tmp_path / "out.onnx", "FOLDER": tmp_path / "folder", "README": ROOT / "README.md"}
+    names["TRUNCATED"] = tmp_path / "truncated.onnx"
+    before = sorted(tmp_path.rglob("*"))
+    shown = call(*(names.get(a, a) for a in arguments))
+    assert shown.exit_code == 2, shown.output
+    assert message in shown.stderr and "Traceback" not in shown.output
+    assert len(shown.stderr.strip().splitlines()) == 1 and shown.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_use_is_exit_code_2(model):
+    assert call("prune", model).exit_code == 2  # no --out
+    assert call("prun").exit_code == 2
+    assert call("prune", model, "-o", "x.onnx", "--ration", "1").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (errors.InvalidInput("a"), 2, "error: a"),
+        (errors.CaptureError("b"), 2, "error: b"),
+        (errors.UnsupportedOp("c"), 2, "error: c"),
+        (errors.MissingExtra("d"), 2, "error: d"),
+        (errors.NothingToPrune("e"), 3, "error: e"),
+        (errors.BudgetNotMet("f [not markup]"), 4, "error: f [not markup]"),
+        (errors.VerificationFailed("g"), 5, "error: g"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: /x"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ZeroDivisionError("h"), 1, "internal error, ZeroDivisionError: h (set GRAPHPRUNE_DEBUG=1"),
+    ],
+)
+def test_every_error_has_its_exit_code(raised, code, line, capsys, monkeypatch):
+    monkeypatch.delenv(terminal.DEBUG, raising=False)
+
+    def fail():
+        raise raised
+
+    assert terminal._guarded(fail) == code
+    shown = capsys.readouterr()
+    assert line in shown.err and len(shown.err.strip().splitlines()) == 1 and shown.out == ""
+
+
+def test_debug_shows_where(monkeypatch):
+    monkeypatch.setenv(terminal.DEBUG, "1")
+    with pytest.raises(ZeroDivisionError):
+        terminal._guarded(lambda: 1 / 0)
+
+
+def test_option_texts_become_arguments():
+    planning = options.Planning(
+        ratio=["0.3", "layer4*=0.5"], budget=["macs=50%", "latency_ms=5"], units="channel, head", round_to="8", seed=3
+    )
+    assert planning.arguments() == {
+        "pruning_ratio": {"*": 0.3, "layer4*": 0.5},
+        "budget": {"macs": "50%", "latency_ms": 5.0},
+        "units": ("channel", "head"),
+        "round_to": 8,
+        "seed": 3,
+    }
+    assert options.Planning(ratio=["0.3"]).arguments() == {"pruning_ratio": 0.3}
+    assert options.Planning().arguments() == {}
+
+
+INPUTS = (
+    Value("x", Kind.INPUT, (2, 3), torch.float32),
+    Value("ids", Kind.INPUT, (2, 5), torch.int64, frozenset({1})),
+)
+
+
+def test_calibration_file_becomes_calls(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.ones((5, 3)), ids=np.ones((5, 7), np.int32))
+    calls = read_samples(tmp_path / "d.npz", INPUTS)
+    assert [set(c) for c in calls] == [{"x", "ids"}] * 2  # two at a time, as the model wants; the fifth is left out
+    assert calls[0]["x"].dtype == torch.float32 and calls[0]["ids"].dtype == torch.int64 and calls[0]["ids"].shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.ones((4, 3))}, "expected x, ids, found x"),
+        ({"x": np.ones((4, 3)), "ids": np.ones((3, 5), int)}, "same number of samples"),
+        ({"x": np.ones((4, 4)), "ids": np.ones((4, 5), int)}, r"shape \(samples, 3\), found \(4, 4\)"),
+        ({"x": np.ones((4, 3)), "ids": np.ones((4, 5))}, "ids is torch.int64, found torch.float64"),
+        ({"x": np.ones((1, 3)), "ids": np.ones((1, 5), int)}, "holds 1 samples"),
+        ({"x": np.array([object()]), "ids": np.ones((1, 5), int)}, "not a readable .npz"),
+    ],
+)
+def test_calibration_file_that_does_not_fit_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(errors.InvalidInput, match=message):
+        read_samples(tmp_path / "d.npz", INPUTS)
+
+
+def test_diff_as_text_and_as_json(tmp_path, model):
+    other = onnx_file(tmp_path / "other.onnx", width=5)
+    text, data = call("diff", model, other), call("diff", model, other, "--json")
+    assert text.exit_code == 0 and "3x8" in text.stdout and "3x5" in text.stdout
+    assert [row["name"] for row in json.loads(data.stdout)["shapes"]] == ["a", "b"]
+
+
+def test_piped_output_is_plain_and_no_color_is_honoured(tmp_path, model):
+    piped = subprocess.run([sys.executable, "-m", "graphprune", "diff", model, model], capture_output=True, text=True)
+    assert piped.returncode == 0 and "\x1b" not in piped.stdout + piped.stderr and "no difference" in piped.stdout
+    other = onnx_file(tmp_path / "other.onnx", width=5)
+    coloured = call("diff", model, other, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
+    assert "\x1b[3" not in coloured.stdout
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_leaves_nothing_behind(tmp_path, sent, code):
+    script = (
+        "import time, graphprune.cli as cli\n"
+        "from graphprune.files import atomic_path\n"
+        "@cli.verb('wait', 'graphprune wait')\n"
+        "def wait() -> None:\n"
+        "    with atomic_path('out.onnx') as path:\n"
+        "        path.write_bytes(b'half')\n"
+        "        print('written', flush=True)\n"
+        "        time.sleep(60)\n"
+        "import sys; sys.argv = ['graphprune', 'wait']\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    assert os.listdir(tmp_path) != []
+    time.sleep(0.1)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr and os.listdir(tmp_path) == []
+
+
+def test_reader_that_leaves_early_is_no_error(model):
+    command = f"{sys.executable} -m graphprune diff {model} {model} --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "error" not in done.stderr
