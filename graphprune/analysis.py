@@ -104,8 +104,8 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
         engine.node = node
         if any(v in engine.from_input for v in node.inputs) or node.blocks:
             engine.from_input.update(node.outputs)
-        if all(v.shape is None for v in node.outputs) and not node.blocks:
-            continue  # arithmetic on symbolic sizes
+        if not node.blocks and all(v.shape is None or v.kind is Kind.CONSTANT for v in node.outputs):
+            continue  # arithmetic on symbolic sizes, and what depends on nothing else
         if any(v.shape is None for v in node.outputs) or any(0 in (v.shape or ()) for v in (*node.outputs, *node.inputs)):
             engine.unsupported(Reason.FIXED)
             continue
@@ -205,7 +205,7 @@ def _member(engine: Engine, value: Value, axis: int, leaf: Factor, roles: Mappin
     dim = engine.dims[value][axis]
 
     def positions() -> np.ndarray:
-        key = _key(dim)
+        key = axis_key(dim)
         if key not in cache:
             cache[key] = ax.index(dim)
         return cache[key][leaf]
@@ -213,9 +213,9 @@ def _member(engine: Engine, value: Value, axis: int, leaf: Factor, roles: Mappin
     return Member(value, axis, roles.get((value, leaf), Role.CARRIER), positions)
 
 
-def _key(dim: Axis) -> tuple:
+def axis_key(dim: Axis) -> tuple:
     """A hashable picture of a normal form."""
-    return tuple(f if f.total is None else tuple(_key(part) for part in f.total) for f in ax.normal(dim))
+    return tuple(f if f.total is None else tuple(axis_key(part) for part in f.total) for f in ax.normal(dim))
 
 
 KIND_OF_MARK = (  # the first mark that a factor carries names its kind

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, InvalidInput
-from graphprune.program import Kind, Node, Program, Value, leaves
+from graphprune.program import Kind, Node, Program, Value, substitute
 
 log = logging.getLogger("graphprune")
 
@@ -32,6 +32,7 @@ class TorchSource:
     args: tuple
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any = None
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # FX node -> Value, or a tuple of them
 
 
 def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None) -> Program:
@@ -181,9 +182,9 @@ class PlainCall:
         return self.target(*args.values())
 
 
-def from_graph_module(graph_module: fx.GraphModule, example_inputs: Sequence[Any], source: Any) -> Program:
+def from_graph_module(graph_module: fx.GraphModule, example_inputs: Sequence[Any], source: TorchSource) -> Program:
     """View an FX graph of ATen ops as a `Program`; what depends on neither inputs nor weights is folded."""
-    env: dict[fx.Node, Any] = {}  # FX node -> Value, tuple of Values, or literal
+    env = source.values
     weights: dict[str, Value] = {}
     aliases: dict[str, str] = {}
     by_storage: dict[tuple, Value] = {}
@@ -276,13 +277,15 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     args = {key: _plain(value) for key, value in args.items()}
     stack = list((fx_node.meta.get("nn_module_stack") or {}).values())
     node = Node(fx_node.name, domain, op_type, args, (), call, str(stack[-1][0]) if stack else "", fx_node)
-    metas = fx_node.meta.get("val")
+    metas, shapes = fx_node.meta.get("val"), fx_node.meta.get("shapes")
     many = isinstance(metas, (tuple, list))
     operands = [v for v in node.inputs if not (op_type.startswith("new_") and v is next(iter(args.values())))]
     symbolic = any(v.shape is None for v in operands)
     constant = not random and domain != "python" and all(v.kind is Kind.CONSTANT or v.shape is None for v in operands)
     kind = Kind.CONSTANT if constant else Kind.RESULT
     values = tuple(_value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,)))  # type: ignore[arg-type]
+    for value, shape in zip(values, shapes or ()):
+        value.shape = shape  # surgery wrote what the cut left
     node.outputs = values
     env[fx_node] = values if many else values[0]
     if constant:
@@ -296,8 +299,6 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
 
 def _evaluate(node: Node) -> None:
     """Fold a node at the example sizes."""
-    from graphprune.program import substitute
-
     def concrete(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
             return leaf
@@ -330,8 +331,3 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _plain(item) for key, item in tree.items()}
     return tree
-
-
-def used_weights(program: Program) -> list[Value]:
-    """Weights that some node reads."""
-    return [v for v in program.weights.values() if v.uses or any(v is leaf for leaf in leaves([program.outputs]))]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from graphprune.rules.engine import Engine
-from graphprune.axes import Axis, Factor, size
+import torch
+
+from graphprune.axes import Axis, Factor, leaves_of, size, sum_of
 from graphprune.errors import Reason
 from graphprune.program import Node, Value, leaves
 from graphprune.rules import families as fam
@@ -172,10 +173,8 @@ def attention(engine: Engine, node: Node) -> None:
     q, k, out = node["query"], node["key"], node.outputs[0]
     rank = len(q.shape)
     if rank >= 4 and q.shape[-3] != k.shape[-3] and k.shape[-3] != 1:
-        lead = "... (k q)"
         sizes = {"k": k.shape[-3], "q": q.shape[-3] // k.shape[-3]}
         engine.spec("value[... k s e] ; query[... (k q) l d] key[... k s d] -> ... (k q) l e", sizes, marks={"k": "kv_group", "q": "head", "d": "head_dim", "e": "head_dim"})
-        del lead
     else:
         engine.spec("value[... s e] ; query[... l d] key[... s d] -> ... l e", marks={"d": "head_dim", "e": "head_dim"})
     # the softmax over s neutralises removed positions itself
@@ -319,16 +318,10 @@ def pad(engine: Engine, node: Node) -> None:
             engine.freeze(dims[axis], Reason.FIXED)
             dims[axis] = engine.frozen(out.shape[axis])
         else:
-            from graphprune.axes import sum_of
-
             parts = [engine.frozen(before)] * (before > 0) + [dims[axis]] + [engine.frozen(after)] * (after > 0)
             dims[axis] = [sum_of(parts)]
     engine.set(out, dims)
     engine.flow(out, [x])
-
-
-def spatial_pad(engine: Engine, node: Node) -> None:
-    engine.spec("self[" + "... " + "* -> ... *") if False else _keep_leading(engine, node, len(node["padding"]) // 2)
 
 
 def _keep_leading(engine: Engine, node: Node, trailing: int) -> None:
@@ -345,34 +338,6 @@ def _keep_leading(engine: Engine, node: Node, trailing: int) -> None:
 
 def trailing(count: int) -> Rule:
     return lambda engine, node: _keep_leading(engine, node, count)
-
-
-def shuffle(engine: Engine, node: Node) -> None:
-    r = node.args.get("upscale_factor") or node.args.get("downscale_factor")
-    if "upscale_factor" in node.args:
-        x, out = node["self"], node.outputs[0]
-        engine.spec("self[... (c u) * _ _] -> ... c * _ _".replace("* ", ""), sizes={"u": r * r})
-        leaf = engine.axes(x)[-3]
-        from graphprune.axes import normal
-
-        engine.freeze(normal(leaf)[-1:] if r > 1 and size(normal(leaf)[-1:]) <= r * r else [], Reason.FIXED)
-        dims = engine.axes(out)
-        engine.set(out, dims)
-    else:
-        engine.spec("self[... c _ _] -> ... (c u) _ _", sizes={"u": r * r})
-        _freeze_letter(engine, engine.axes(node.outputs[0])[-3], r * r)
-
-
-def _freeze_letter(engine: Engine, axis: Axis, inner: int) -> None:
-    """Freeze the innermost factors of an axis up to a product."""
-    done = 1
-    from graphprune.axes import normal
-
-    for factor in reversed(normal(axis)):
-        if done >= inner:
-            break
-        engine.freeze([factor], Reason.FIXED)
-        done *= factor.size
 
 
 def roll(engine: Engine, node: Node) -> None:
@@ -656,7 +621,7 @@ def recurrent(gates: int) -> Rule:
             return engine.unsupported(Reason.FIXED, "projections")
         below: Axis = engine.axes(x)[-1]
         for state in hidden:
-            for axis in engine.axes(state):
+            for axis in engine.axes(state)[:-1]:
                 engine.freeze(axis, Reason.FIXED)
         for layer in range(node["num_layers"]):
             units = []
@@ -671,8 +636,6 @@ def recurrent(gates: int) -> Rule:
                 for state in hidden:
                     engine.equate(engine.axes(state)[-1], unit)
                 units.append(unit)
-            from graphprune.axes import sum_of
-
             below = units[0] if len(units) == 1 else [sum_of(units)]
         sequence, *last = node.outputs
         engine.set(sequence, [*engine.axes(x)[:-1], below])
@@ -682,137 +645,6 @@ def recurrent(gates: int) -> Rule:
             engine.flow(out, ())
 
     return rule
-
-
-import torch  # noqa: E402
-
-_BOOLEAN = (torch.bool, torch.uint8)
-
-ATEN: dict[str, Rule] = {
-    # products and contractions
-    "linear": linear,
-    "matmul": matmul,
-    "mm": matmul,
-    "bmm": matmul,
-    "mv": "self[m k] vec[k] -> m",
-    "dot": "self[k] tensor[k] -> ",
-    "addmm": addmm,
-    "baddbmm": baddbmm,
-    "einsum": einsum,
-    "bilinear": "input1[... i] input2[... j] weight[o i j] + bias[o] -> ... o",
-    "outer": "self[i] vec2[j] -> i j",
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
-    "scaled_dot_product_attention": attention,
-    "_grouped_mm": grouped_mm,
-    "embedding": embedding,
-    "lstm": recurrent(4),
-    "gru": recurrent(3),
-    "rnn_tanh": recurrent(1),
-    "rnn_relu": recurrent(1),
-    # norms
-    "batch_norm": "input[b c *] weight[c] + bias[c] ; running_mean[c] running_var[c] -> b c *".replace("*", "..."),
-    "instance_norm": "input[b c *] weight[c] + bias[c] ; running_mean[c] running_var[c] -> b c *",
-    "group_norm": group_norm,
-    "layer_norm": normalize_axes,
-    "rms_norm": normalize_axes,
-    "softmax": along("-inf"),
-    "log_softmax": along("-inf"),
-    "_softmax": along("-inf"),
-    "_safe_softmax": along("-inf"),
-    "logcumsumexp": along("fixed"),
-    "cumsum": cumulative,
-    "cumprod": along("fixed"),
-    "glu": None,  # type: ignore[dict-item]  # filled in below
-    # reductions
-    "sum": reduction("zero"),
-    "mean": reduction("renorm"),
-    "var": reduction("renorm"),
-    "std": reduction("renorm"),
-    "var_mean": reduction("renorm"),
-    "std_mean": reduction("renorm"),
-    "amax": reduction("-inf"),
-    "amin": reduction("-inf"),
-    "logsumexp": reduction("-inf"),
-    "prod": reduction("fixed"),
-    "any": reduction("fixed"),
-    "all": reduction("fixed"),
-    "norm": vector_norm,
-    "linalg_vector_norm": vector_norm,
-    "max": extremum,
-    "min": extremum,
-    "argmax": argmax,
-    "argmin": argmax,
-    # shapes
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "_reshape_alias"), view),
-    **dict.fromkeys(("transpose", "t", "swapaxes", "swapdims", "adjoint", "mT"), transpose),
-    "numpy_T": lambda e, n: fam.permute(e, n["self"], range(len(n["self"].shape))[::-1]),
-    "permute": permute,
-    "movedim": movedim,
-    "moveaxis": movedim,
-    "cat": concat,
-    "concat": concat,
-    "concatenate": concat,
-    "stack": stack,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), split),
-    "unbind": unbind,
-    "slice": slice_,
-    "narrow": narrow,
-    "select": select,
-    "expand": expand,
-    "expand_as": expand,
-    "broadcast_to": expand,
-    "repeat": repeat,
-    "tile": repeat,
-    "repeat_interleave": repeat_interleave,
-    "pad": pad,
-    "constant_pad_nd": pad,
-    **{f"{mode}_pad{d}d": trailing(d) for mode in ("reflection", "replication") for d in (1, 2, 3)},
-    "pixel_shuffle": None,  # type: ignore[dict-item]
-    "pixel_unshuffle": None,  # type: ignore[dict-item]
-    "roll": roll,
-    "flip": flip,
-    "tril": diagonal_mask,
-    "triu": diagonal_mask,
-    # pools and resizes: the trailing axes are spatial
-    **{f"{kind}_pool{d}d": trailing(d) for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)},
-    **{f"max_pool{d}d_with_indices": trailing(d) for d in (2, 3)},
-    **{f"upsample_{kind}": trailing(d) for kind, d in (("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2), ("trilinear3d", 3), ("_nearest_exact2d", 2))},
-    "_upsample_nearest_exact2d": trailing(2),
-    "_upsample_bilinear2d_aa": trailing(2),
-    "_upsample_bicubic2d_aa": trailing(2),
-    # indices
-    "topk": topk,
-    "sort": sort,
-    "argsort": lambda e, n: fam.along(e, n["self"], [n["dim"]], "fixed"),
-    "index": index,
-    "index_put": index_put,
-    "index_select": index_select,
-    "gather": gather,
-    "take_along_dim": None,  # type: ignore[dict-item]
-    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scatter),
-    "index_add": index_add,
-    "one_hot": one_hot,
-    "histc": counts,
-    "bincount": counts,
-    # elementwise, by how zeros pass
-    **dict.fromkeys(("mul", "multiply", "logical_and", "bitwise_and"), product),
-    **dict.fromkeys(("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin", "logical_or", "bitwise_or", "hypot"), total),
-    **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "copysign", "prelu", "rrelu"), scaled),
-    **dict.fromkeys(
-        "relu gelu silu tanh neg negative abs sqrt relu6 leaky_relu elu selu celu softsign mish hardswish sin asin tan atan sinh asinh erf expm1 "
-        "log1p square sign sgn round floor ceil trunc dropout feature_dropout alpha_dropout softshrink hardshrink tanhshrink nan_to_num positive".split(),
-        unary,
-    ),
-    **dict.fromkeys("clone to _to_copy contiguous detach detach_ alias lift_fresh_copy float double half type_as long int view_of _assert_tensor_metadata".split(), index_preserving),
-    **dict.fromkeys("sigmoid exp exp2 log log2 log10 cos acos cosh rsqrt reciprocal softplus hardsigmoid log_sigmoid erfc logit bitwise_not logical_not".split(), opaque),
-    **dict.fromkeys("eq ne lt le gt ge isnan isinf isfinite logical_xor full_like ones_like rand_like randn_like empty_like bernoulli".split(), opaque),
-    "zeros_like": unary,
-    "where": where,
-    "masked_fill": masked_fill,
-    **dict.fromkeys(("clamp", "clip", "hardtanh", "clamp_min", "clamp_max"), clamp),
-    "pow": power,
-    "float_power": power,
-}
 
 
 def glu(engine: Engine, node: Node) -> None:
@@ -828,8 +660,6 @@ def glu(engine: Engine, node: Node) -> None:
 
 
 def _freeze_outer(engine: Engine, axis: Axis, inner: Axis) -> None:
-    from graphprune.axes import leaves_of
-
     inside = set(leaves_of(inner))
     engine.freeze([f for f in leaves_of(axis) if f not in inside], Reason.FIXED)
 
@@ -874,11 +704,132 @@ def unfold(engine: Engine, node: Node) -> None:
     engine.flow(out, [x])
 
 
-def masked_scatter(engine: Engine, node: Node) -> None:
-    engine.unsupported(Reason.FIXED)
+_BOOLEAN = (torch.bool, torch.uint8)
 
-
-ATEN.update(
-    glu=glu, pixel_shuffle=pixel_shuffle, pixel_unshuffle=pixel_unshuffle, unfold=unfold, im2col=unfold, take_along_dim=gather, masked_scatter=masked_scatter
-)
-del partial
+ATEN: dict[str, Rule] = {
+    # products and contractions
+    "linear": linear,
+    "matmul": matmul,
+    "mm": matmul,
+    "bmm": matmul,
+    "mv": "self[m k] vec[k] -> m",
+    "dot": "self[k] tensor[k] -> ",
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "einsum": einsum,
+    "bilinear": "input1[... i] input2[... j] weight[o i j] + bias[o] -> ... o",
+    "outer": "self[i] vec2[j] -> i j",
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
+    "scaled_dot_product_attention": attention,
+    "_grouped_mm": grouped_mm,
+    "embedding": embedding,
+    "lstm": recurrent(4),
+    "gru": recurrent(3),
+    "rnn_tanh": recurrent(1),
+    "rnn_relu": recurrent(1),
+    # norms
+    "batch_norm": "input[b c *] weight[c] + bias[c] ; running_mean[c] running_var[c] -> b c *".replace("*", "..."),
+    "instance_norm": "input[b c *] weight[c] + bias[c] ; running_mean[c] running_var[c] -> b c *",
+    "group_norm": group_norm,
+    "layer_norm": normalize_axes,
+    "rms_norm": normalize_axes,
+    "softmax": along("-inf"),
+    "log_softmax": along("-inf"),
+    "_softmax": along("-inf"),
+    "_safe_softmax": along("-inf"),
+    "logcumsumexp": along("fixed"),
+    "cumsum": cumulative,
+    "cumprod": along("fixed"),
+    # reductions
+    "sum": reduction("zero"),
+    "mean": reduction("renorm"),
+    "var": reduction("renorm"),
+    "std": reduction("renorm"),
+    "var_mean": reduction("renorm"),
+    "std_mean": reduction("renorm"),
+    "amax": reduction("-inf"),
+    "amin": reduction("-inf"),
+    "logsumexp": reduction("-inf"),
+    "prod": reduction("fixed"),
+    "any": reduction("fixed"),
+    "all": reduction("fixed"),
+    "norm": vector_norm,
+    "linalg_vector_norm": vector_norm,
+    "max": extremum,
+    "min": extremum,
+    "argmax": argmax,
+    "argmin": argmax,
+    # shapes
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "_reshape_alias"), view),
+    **dict.fromkeys(("transpose", "t", "swapaxes", "swapdims", "adjoint", "mT"), transpose),
+    "numpy_T": lambda e, n: fam.permute(e, n["self"], range(len(n["self"].shape))[::-1]),
+    "permute": permute,
+    "movedim": movedim,
+    "moveaxis": movedim,
+    "cat": concat,
+    "concat": concat,
+    "concatenate": concat,
+    "stack": stack,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), split),
+    "unbind": unbind,
+    "slice": slice_,
+    "narrow": narrow,
+    "select": select,
+    "expand": expand,
+    "expand_as": expand,
+    "broadcast_to": expand,
+    "repeat": repeat,
+    "tile": repeat,
+    "repeat_interleave": repeat_interleave,
+    "pad": pad,
+    "constant_pad_nd": pad,
+    **{f"{mode}_pad{d}d": trailing(d) for mode in ("reflection", "replication") for d in (1, 2, 3)},
+    "roll": roll,
+    "flip": flip,
+    "tril": diagonal_mask,
+    "triu": diagonal_mask,
+    # pools and resizes: the trailing axes are spatial
+    **{f"{kind}_pool{d}d": trailing(d) for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)},
+    **{f"max_pool{d}d_with_indices": trailing(d) for d in (2, 3)},
+    **{f"upsample_{kind}": trailing(d) for kind, d in (("nearest1d", 1), ("nearest2d", 2), ("nearest3d", 3), ("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2), ("trilinear3d", 3), ("_nearest_exact2d", 2))},
+    "_upsample_nearest_exact2d": trailing(2),
+    "_upsample_bilinear2d_aa": trailing(2),
+    "_upsample_bicubic2d_aa": trailing(2),
+    # indices
+    "topk": topk,
+    "sort": sort,
+    "argsort": lambda e, n: fam.along(e, n["self"], [n["dim"]], "fixed"),
+    "index": index,
+    "index_put": index_put,
+    "index_select": index_select,
+    "gather": gather,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scatter),
+    "index_add": index_add,
+    "one_hot": one_hot,
+    "histc": counts,
+    "bincount": counts,
+    # elementwise, by how zeros pass
+    **dict.fromkeys(("mul", "multiply", "logical_and", "bitwise_and"), product),
+    **dict.fromkeys(("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin", "logical_or", "bitwise_or", "hypot"), total),
+    **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "copysign", "prelu", "rrelu"), scaled),
+    **dict.fromkeys(
+        "relu gelu silu tanh neg negative abs sqrt relu6 leaky_relu elu selu celu softsign mish hardswish sin asin tan atan sinh asinh erf expm1 "
+        "log1p square sign sgn round floor ceil trunc dropout feature_dropout alpha_dropout softshrink hardshrink tanhshrink nan_to_num positive".split(),
+        unary,
+    ),
+    **dict.fromkeys("clone to _to_copy contiguous detach detach_ alias lift_fresh_copy float double half type_as long int view_of _assert_tensor_metadata".split(), index_preserving),
+    **dict.fromkeys("sigmoid exp exp2 log log2 log10 cos acos cosh rsqrt reciprocal softplus hardsigmoid log_sigmoid erfc logit bitwise_not logical_not".split(), opaque),
+    **dict.fromkeys("eq ne lt le gt ge isnan isinf isfinite logical_xor full_like ones_like rand_like randn_like empty_like bernoulli".split(), opaque),
+    "zeros_like": unary,
+    "where": where,
+    "masked_fill": masked_fill,
+    **dict.fromkeys(("clamp", "clip", "hardtanh", "clamp_min", "clamp_max"), clamp),
+    "pow": power,
+    "float_power": power,
+    "glu": glu,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "unfold": unfold,
+    "im2col": unfold,
+    "take_along_dim": gather,
+}

@@ -1,0 +1,239 @@
+"""Applies a cut to an exported graph: slices weights and recomputes literals. The edited graph is right by construction and is the reference for write-back.
+
+Literals are never patched: each is recomputed from what the algebra says of the node's operands and results after the cut. One row per op that has any.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from graphprune.capture.torch_export import TorchSource, from_graph_module
+from graphprune.program import Kind, Node, Program, Value, substitute
+from graphprune.surgery.cut import Cut
+
+Edit = tuple[Any, dict[str, Any]] | dict[str, Any]  # (another overload, all its arguments) or the changed arguments
+
+
+def apply_cut(program: Program, cut: Cut) -> Program:
+    """The pruned program: a new graph module that shares every tensor that was not cut."""
+    source: TorchSource = program.source
+    old = source.graph_module
+    nodes = {node.source: node for node in program.nodes}
+    origin = {v: n for n, found in source.values.items() for v in (found if isinstance(found, tuple) else (found,)) if isinstance(v, Value)}
+    tensors = sliced_weights(program, cut)
+    graph, env = fx.Graph(), {}
+    attributes: dict[str, Any] = {}
+
+    def kept(positions: np.ndarray, device: torch.device | str = "cpu") -> fx.Node:
+        name = f"_kept_{sum(key.startswith('_kept_') for key in attributes)}"
+        attributes[name] = torch.from_numpy(positions).to(device)
+        return graph.get_attr(name)
+
+    for fx_node in old.graph.nodes:
+        new = env[fx_node] = graph.node_copy(fx_node, lambda n: env[n])
+        if fx_node.op == "get_attr":
+            value = source.values.get(fx_node)
+            attributes[fx_node.target] = tensors.get(value) if value in tensors else _attribute(old, fx_node.target)
+            continue
+        node = nodes.get(fx_node)
+        if node is None or not cut.touches(node):
+            continue
+        new.meta["shapes"] = tuple(cut.shape(v) if v.shape is not None else None for v in node.outputs)
+        with graph.inserting_before(new):
+            for value in dict.fromkeys(v for v in node.inputs if v.kind is Kind.CONSTANT):
+                picked = env[origin[value]]  # its axes are free for each use: select what this use keeps
+                for axis, keep in cut.keeps(value, node).items():
+                    picked = graph.call_function(torch.ops.aten.index_select.default, (picked, axis, kept(keep, value.tensor.device)))  # type: ignore[union-attr]
+                    picked.meta["val"] = value.tensor
+                new.replace_input_with(env[origin[value]], picked)
+            edit = LITERALS.get(node.op_type, _no_edit)(node, cut)
+            if isinstance(edit, tuple):
+                new.target, edit = edit
+                new.args, new.kwargs = (), {}
+
+            def lowered(leaf: Any) -> Any:
+                return env[origin[leaf]] if isinstance(leaf, Value) else kept(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+            for name, literal in edit.items():
+                _set_argument(new, name, substitute(literal, lowered))
+    graph._codegen = copy.copy(old.graph._codegen)
+    graph_module = fx.GraphModule(attributes, graph, "Pruned" + type(source.module).__name__)
+    graph_module.meta = dict(old.meta)
+    return from_graph_module(graph_module, program.example_inputs, replace(source, graph_module=graph_module, values={}))
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def sliced_weights(program: Program, cut: Cut) -> dict[Value, torch.Tensor]:
+    """Every weight after the cut; what is not cut is the tensor itself. requires_grad, device, dtype and memory format stay."""
+    out: dict[Value, torch.Tensor] = {}
+    for value in program.weights.values():
+        tensor = value.tensor
+        assert tensor is not None
+        keeps = cut.keeps(value)
+        if keeps:
+            with torch.no_grad():
+                for axis, keep in keeps.items():
+                    tensor = tensor.index_select(axis, torch.from_numpy(keep).to(tensor.device))
+                if value.tensor.dim() == 4 and value.tensor.is_contiguous(memory_format=torch.channels_last) and not value.tensor.is_contiguous():  # type: ignore[union-attr]
+                    tensor = tensor.contiguous(memory_format=torch.channels_last)
+            if isinstance(value.tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=value.tensor.requires_grad)
+        out[value] = tensor
+    return out
+
+
+def _set_argument(fx_node: fx.Node, name: str, literal: Any) -> None:
+    schema = fx_node.target._schema.arguments  # type: ignore[union-attr]
+    position = next(i for i, a in enumerate(schema) if a.name == name)
+    if schema[position].kwarg_only or position > len(fx_node.args):
+        fx_node.update_kwarg(name, literal)
+    elif position == len(fx_node.args):
+        fx_node.args = (*fx_node.args, literal)
+    else:
+        fx_node.update_arg(position, literal)
+
+
+# ---- literals
+
+
+def _no_edit(node: Node, cut: Cut) -> Edit:
+    return {}
+
+
+def _target_shape(argument: str) -> Callable[[Node, Cut], Edit]:
+    """A shape argument: entries of axes that changed get their new size; -1 and symbolic sizes stay."""
+
+    def edit(node: Node, cut: Cut) -> Edit:
+        old, new = node.outputs[0].shape, cut.shape(node.outputs[0])
+        return {argument: [n if isinstance(entry, int) and entry != -1 and n != o else entry for entry, o, n in zip(node[argument], old, new)]}
+
+    return edit
+
+
+def _unflatten(node: Node, cut: Cut) -> Edit:
+    dim = node["dim"] % len(node["self"].shape)
+    count = len(node["sizes"])
+    return {"sizes": list(cut.shape(node.outputs[0])[dim : dim + count])}
+
+
+def _split(node: Node, cut: Cut) -> Edit:
+    dim = node["dim"] % len(node["self"].shape)
+    if cut.keep(node["self"], dim) is None:
+        return {}
+    sizes = [cut.shape(out)[dim] for out in node.outputs]
+    return torch.ops.aten.split_with_sizes.default, {"self": node["self"], "split_sizes": sizes, "dim": dim}
+
+
+def _slice(node: Node, cut: Cut) -> Edit:
+    """The kept positions among those the slice takes, renumbered: a slice when they are evenly spaced, else an index_select."""
+    x, dim = node["self"], node["dim"] % len(node["self"].shape)
+    keep = cut.keep(x, dim, node)
+    if keep is None:
+        return {}
+    length = x.shape[dim]
+    if node.op_type == "narrow":
+        taken = np.arange(node["start"], node["start"] + node["length"])
+    else:
+        taken = np.arange(length)[slice(node["start"], None if node["end"] is None else int(node["end"]), node["step"])]
+    at = np.flatnonzero(np.isin(keep, taken))
+    steps = np.diff(at)
+    if len(at) and (len(steps) == 0 or (steps == steps[0]).all()):
+        step = int(steps[0]) if len(steps) else 1
+        return torch.ops.aten.slice.Tensor, {"self": x, "dim": dim, "start": int(at[0]), "end": int(at[-1]) + 1, "step": step}
+    return torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": at}
+
+
+def _select(node: Node, cut: Cut) -> Edit:
+    x, dim = node["self"], node["dim"] % len(node["self"].shape)
+    keep = cut.keep(x, dim)
+    if keep is None:
+        return {}
+    return {"index": int(np.searchsorted(keep, node["index"] % x.shape[dim]))}
+
+
+def _repeat(node: Node, cut: Cut) -> Edit:
+    new, old = cut.shape(node.outputs[0]), cut.shape(node["self"])
+    lead = len(new) - len(old)
+    name = "repeats" if "repeats" in node.args else "dims"
+    return {name: [n // (old[i - lead] if i >= lead else 1) if isinstance(r, int) else r for i, (n, r) in enumerate(zip(new, node[name]))]}
+
+
+def _repeat_interleave(node: Node, cut: Cut) -> Edit:
+    dim = node["dim"]
+    return {"repeats": cut.shape(node.outputs[0])[dim] // cut.shape(node["self"])[dim]}
+
+
+def _convolution(node: Node, cut: Cut) -> Edit:
+    if node["groups"] == 1:
+        return {}
+    channel = len(node["input"].shape) - len(node["weight"].shape) + 1
+    channels, weight = cut.shape(node["input"])[channel], cut.shape(node["weight"])
+    transposed = node.op_type.startswith("conv_transpose")
+    if not transposed:
+        return {"groups": channels // weight[1]}
+    return {"groups": cut.shape(node.outputs[0])[channel] // weight[1]}
+
+
+def _normalized_shape(node: Node, cut: Cut) -> Edit:
+    return {"normalized_shape": list(cut.shape(node["input"])[-len(node["normalized_shape"]) :])}
+
+
+def _group_norm(node: Node, cut: Cut) -> Edit:
+    keep = cut.keep(node["input"], 1)
+    if keep is None:
+        return {}
+    per_group = node["input"].shape[1] // node["num_groups"]
+    return {"num_groups": len(np.unique(keep // per_group))}
+
+
+def _attention(node: Node, cut: Cut) -> Edit:
+    """The scale is that of the old head dim."""
+    if node["scale"] is not None or cut.keep(node["query"], len(node["query"].shape) - 1) is None:
+        return {}
+    return {"scale": 1.0 / math.sqrt(node["query"].shape[-1])}
+
+
+def _bins(node: Node, cut: Cut) -> Edit:
+    units = cut.shape(node.outputs[0])[-1]
+    return {"bins": units, "max": units - 1 + (node["max"] - (node.outputs[0].shape[-1] - 1))}
+
+
+def _count_argument(name: str) -> Callable[[Node, Cut], Edit]:
+    return lambda node, cut: {name: cut.shape(node.outputs[0])[-1]}
+
+
+LITERALS: Mapping[str, Callable[[Node, Cut], Edit]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "expand"), _target_shape("size")),
+    "reshape": _target_shape("shape"),
+    "broadcast_to": _target_shape("size"),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split),
+    "slice": _slice,
+    "narrow": _slice,
+    "select": _select,
+    "repeat": _repeat,
+    "tile": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    "layer_norm": _normalized_shape,
+    "rms_norm": _normalized_shape,
+    "group_norm": _group_norm,
+    "scaled_dot_product_attention": _attention,
+    "histc": _bins,
+    "bincount": _count_argument("minlength"),
+    "one_hot": _count_argument("num_classes"),
+}

@@ -1,0 +1,114 @@
+"""The proof that comes with every result: the pruned network is the masked network.
+
+Both are run on random inputs, in float64 where affordable. The error is measured against the scale of the masked output and against a noise floor (the effect of a
+relative perturbation of 2e-16 of every weight); a cut that does not move the output is `not tested`, never passed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from graphprune.execute.interpreter import run
+from graphprune.program import Program
+from graphprune.surgery.cut import Cut
+from graphprune.verify.masking import run_masked
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest masked output
+NOISE = {torch.float64: 2e-16, torch.float32: 1e-7}
+FLOOR_FACTOR = 30.0
+ILL_CONDITIONED = 1e-6
+VISIBLE = 1e-4  # a smaller effect of masking proves nothing
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was verified, on which inputs, with which error."""
+
+    status: str  # "passed" | "failed" | "not tested" | "ill-conditioned"
+    error: float  # largest |pruned - masked| relative to the largest |masked|
+    tolerance: float
+    floor: float  # the effect of rounding noise in the weights
+    effect: float  # largest |masked - dense| relative to the largest |masked|
+    dtype: str
+    seeds: tuple[int, ...]
+    groups: int
+    exact: bool  # all groups are exact; otherwise the stated formula (kept-only statistics) was checked
+    plan: str = ""  # hash of the plan
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+    def __str__(self) -> str:
+        return f"{self.status}: error {self.error:.1e} (tolerance {self.tolerance:.1e}), effect of the cut {self.effect:.1e}, {self.groups} groups, {self.dtype}, {len(self.seeds)} inputs"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def random_inputs(program: Program, seed: int) -> list[Any]:
+    """Inputs like the example: normal numbers for floating tensors, the example's own values (rolled along the last axis) for integers."""
+    generator = torch.Generator().manual_seed(seed)
+    out: list[Any] = []
+    for x in program.example_inputs:
+        if not isinstance(x, torch.Tensor) or x.numel() == 0:
+            out.append(x)
+        elif x.is_floating_point():
+            out.append((torch.randn(x.shape, generator=generator, dtype=torch.float64) * float(x.double().std(correction=0).clamp_min(0.1))).to(x.device))
+        elif x.dtype == torch.bool or x.dim() == 0:
+            out.append(x)
+        else:
+            order = torch.randperm(x.numel(), generator=generator).to(x.device)
+            out.append(x.reshape(-1)[order].reshape(x.shape) if int(x.max()) > 1 else x)
+    return out
+
+
+def floating(outputs: Sequence[Any]) -> list[torch.Tensor]:
+    return [o.double() for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
+
+
+def distance(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """Largest difference relative to the largest entry of `b`, output by output; infinite where shapes or finiteness differ."""
+    worst = 0.0
+    pairs = list(zip(floating(a), floating(b)))
+    for x, y in pairs:
+        if x.shape != y.shape:
+            return float("inf")
+        finite = torch.isfinite(y)
+        if not torch.equal(torch.isfinite(x), finite):
+            return float("inf")
+        if finite.any():
+            scale = y[finite].abs().max().clamp_min(1e-30)
+            worst = max(worst, float((x[finite] - y[finite]).abs().max() / scale))
+    return worst if pairs else float("nan")
+
+
+def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int] = (0, 1, 2), dtype: torch.dtype = torch.float64, plan_hash: str = "") -> Certificate:
+    """Compare the pruned program with the masked original on several random inputs."""
+    error = floor = effect = 0.0
+    for seed in seeds:
+        inputs = random_inputs(program, seed)
+        masked = run_masked(program, cut, inputs, dtype)
+        error = max(error, distance(run(pruned, inputs, dtype=dtype), masked))
+        if seed == seeds[0]:
+            effect = distance(run(program, inputs, dtype=dtype), masked)
+            noise = torch.Generator().manual_seed(seed)
+            shaken = {v: t.to(dtype) * (1 + NOISE[dtype] * torch.randn(t.shape, generator=noise, dtype=dtype)) for v in program.weights.values() if v.is_weight and (t := v.tensor) is not None}
+            floor = distance(run_masked(program, cut, inputs, dtype, shaken), masked)
+    tolerance = max(TOLERANCE[dtype], FLOOR_FACTOR * floor)
+    if not error <= tolerance:
+        status = "failed"
+    elif floor > ILL_CONDITIONED and dtype is torch.float64:
+        status = "ill-conditioned"
+    elif not effect >= VISIBLE and cut.removed:
+        status = "not tested"
+    else:
+        status = "passed"
+    groups = [cut.analysis.by_name[name] for name in cut.removed]
+    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(seeds), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash)

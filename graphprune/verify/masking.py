@@ -1,0 +1,178 @@
+"""The masked network: the original graph with the removed units neutralised. It shares no slicing code with surgery.
+
+Every member slice (writer, reader, carrier, folded constant) is zero. Where an op reduces or normalises over a cut axis itself, zero is not neutral: softmax, max and
+top-k get minus infinity there, means and norms take their statistics over the kept positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graphprune.analysis import axis_key
+from graphprune.errors import VerificationFailed
+from graphprune.execute.interpreter import Compute, run
+from graphprune.program import Kind, Node, Program, Value, substitute
+from graphprune.surgery.cut import Cut
+
+Gone = dict[int, torch.Tensor]  # axis -> boolean (size,): positions that are removed
+Neutral = Callable[[Mapping[str, Any], Gone, Compute], tuple[Any, ...]]
+
+
+def run_masked(program: Program, cut: Cut, inputs: Sequence[Any], dtype: torch.dtype | None = torch.float64, tensors: Mapping[Value, torch.Tensor] | None = None) -> list[Any]:
+    """Outputs of the original network with the removed units of `cut` neutralised, at the original shapes."""
+    over = _reduced_axes(cut)
+    weights = {v: _zeroed(t, _gone(cut, v)) for v in program.weights.values() if (t := (tensors or {}).get(v, v.tensor)) is not None and t.is_floating_point()}
+
+    def intercept(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
+        for value in node.inputs:
+            if value.kind is Kind.CONSTANT and value.dtype is not None and value.dtype.is_floating_point and (gone := _gone(cut, value, node)):
+                args = {k: _replaced(node.args[k], args[k], value, gone) for k in args}
+        if node in over:
+            operand, gone = over[node]
+            style = NEUTRAL.get(node.op)
+            if style is None:
+                raise VerificationFailed(f"{node.op_type} at {node.name} runs over a cut axis and has no neutral form in graphprune.verify.masking.NEUTRAL")
+            return style(args, gone, compute) if operand is not None else compute(args)
+        return compute(args)
+
+    return run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
+
+
+def _reduced_axes(cut: Cut) -> dict[Node, tuple[Value | None, Gone]]:
+    """Nodes that neutralise a cut axis themselves: the operand they read along it, and its removed positions."""
+    found: dict[Node, tuple[Value | None, Gone]] = {}
+    for flow in cut.analysis.engine.flows:
+        keys = {axis_key(axis) for axis in flow.over if cut.mask(axis) is not None}
+        if not keys:
+            continue
+        operand = next((v for v in flow.node.inputs if v.shape is not None), None)
+        gone: Gone = {}
+        for axis, dim in enumerate((cut.analysis.axes(operand, flow.node) or ()) if operand is not None else ()):
+            if axis_key(dim) in keys:
+                gone[axis] = ~torch.from_numpy(cut.mask(dim))  # type: ignore[arg-type]
+        if gone:
+            found[flow.node] = (operand, gone)
+    return found
+
+
+def _gone(cut: Cut, value: Value, node: Node | None = None) -> Gone:
+    dims = cut.analysis.axes(value, node) or ()
+    masks = {axis: cut.mask(dim) for axis, dim in enumerate(dims)}
+    return {axis: ~torch.from_numpy(mask) for axis, mask in masks.items() if mask is not None}
+
+
+def _along(gone: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
+    return gone.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def _filled(x: torch.Tensor, gone: Gone, fill: float) -> torch.Tensor:
+    for axis, mask in gone.items():
+        x = x.masked_fill(_along(mask.to(x.device), axis, x.dim()), fill)
+    return x
+
+
+def _zeroed(x: torch.Tensor, gone: Gone) -> torch.Tensor:
+    return _filled(x, gone, 0.0) if gone else x
+
+
+def _replaced(tree: Any, args: Any, value: Value, gone: Gone) -> Any:
+    """`args` with the tensors that stand for `value` in `tree` zeroed."""
+    if isinstance(tree, (list, tuple)):
+        return type(args)(_replaced(t, a, value, gone) for t, a in zip(tree, args))
+    return _zeroed(args, gone) if tree is value else args
+
+
+# ---- neutral forms
+
+
+def _first_tensor(args: Mapping[str, Any]) -> str:
+    return next(k for k, v in args.items() if isinstance(v, torch.Tensor) or (isinstance(v, list) and v and isinstance(v[0], torch.Tensor)))
+
+
+def fill(value: float) -> Neutral:
+    """Removed positions get the neutral element of the op."""
+
+    def neutral(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+        name = _first_tensor(args)
+        x = args[name]
+        if not x.is_floating_point():
+            x = x.to(torch.float64)
+        return compute({**args, name: _filled(x, gone, value)})
+
+    return neutral
+
+
+def only_kept(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    """A reduction over the axis sees the kept positions only."""
+    name = _first_tensor(args)
+    x = args[name]
+    for axis, mask in gone.items():
+        x = x[(slice(None),) * axis + (~mask,)]
+    return compute({**args, name: x})
+
+
+def as_is(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    """Zero is neutral already: no index, gate or row points at a removed unit."""
+    return compute(args)
+
+
+def normalised(x: str, weight: str, bias: str, centred: bool, axes: Callable[[Mapping[str, Any]], Sequence[int]], eps: Callable[[Mapping[str, Any]], float]) -> Neutral:
+    """(x - mean) / sqrt(var + eps) * weight + bias with statistics over kept positions; removed positions are zero."""
+
+    def neutral(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+        value = args[x]
+        over = [a % value.dim() for a in axes(args)]
+        kept = torch.ones(value.shape, dtype=value.dtype)
+        for axis, mask in gone.items():
+            kept = kept.masked_fill(_along(mask, axis, value.dim()), 0.0)
+        count = kept.sum(over, keepdim=True)
+        mean = (value * kept).sum(over, keepdim=True) / count if centred else 0.0
+        variance = (((value - mean) * kept) ** 2).sum(over, keepdim=True) / count
+        out = (value - mean) / torch.sqrt(variance + eps(args))
+        if args.get(weight) is not None:
+            out = out * args[weight]
+        if args.get(bias) is not None:
+            out = out + args[bias]
+        return (out * kept,)
+
+    return neutral
+
+
+def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    x, groups = args["input"], args["num_groups"]
+    kept = (~gone[1]).to(x.dtype).reshape(groups, -1)
+    y = x.reshape(x.shape[0], groups, kept.shape[1], -1)
+    mask = kept[None, :, :, None]
+    count = mask.sum((2,), keepdim=True) * y.shape[-1]
+    mean = (y * mask).sum((2, 3), keepdim=True) / count
+    variance = (((y - mean) * mask) ** 2).sum((2, 3), keepdim=True) / count
+    y = ((y - mean) / torch.sqrt(variance + args["eps"]) * mask).nan_to_num(0.0).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+        if args.get(name) is not None:
+            y = combine(y, args[name].reshape(shape))
+    return (y * (~gone[1]).to(x.dtype).reshape(shape),)
+
+
+def _trailing(args: Mapping[str, Any]) -> list[int]:
+    return [-1 - i for i in range(len(args["normalized_shape"]))]
+
+
+def _aten_eps(args: Mapping[str, Any]) -> float:
+    return torch.finfo(torch.float32).eps if args.get("eps") is None else args["eps"]
+
+
+NEUTRAL: dict[tuple[str, str], Neutral] = {
+    **{("aten", op): fill(-torch.inf) for op in ("softmax", "_softmax", "_safe_softmax", "log_softmax", "topk", "argmax", "amax", "max", "logsumexp")},
+    **{("aten", op): fill(torch.inf) for op in ("amin", "min", "argmin")},
+    **{("aten", op): only_kept for op in ("mean", "var", "std", "var_mean", "std_mean")},
+    **{("aten", op): as_is for op in ("one_hot", "histc", "bincount", "_grouped_mm", "sort", "lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention")},
+    ("aten", "layer_norm"): normalised("input", "weight", "bias", True, _trailing, _aten_eps),
+    ("aten", "rms_norm"): normalised("input", "weight", "bias", False, _trailing, _aten_eps),
+    ("aten", "group_norm"): _group_norm,
+}
+
+__all__ = ["NEUTRAL", "run_masked", "substitute"]
