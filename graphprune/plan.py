@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graphprune.errors import InvalidInput
+from graphprune.files import atomic_path
 from graphprune.program import Program, Value
 from graphprune.units import Group
 
@@ -103,10 +104,8 @@ class Plan:
             out[candidates[0].name] = entry.removed
         return out
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
-        from graphprune.files import atomic_path
-
+    def to_json(self) -> str:
+        """The plan as `save` writes it."""
         record = {
             "graphprune_plan": FORMAT,
             "hash": self.hash,
@@ -114,8 +113,12 @@ class Plan:
             "settings": dict(self.settings),
             "groups": {n: {"size": e.size, "kind": e.kind, "removed": list(e.removed), "members": [list(m) for m in e.members]} for n, e in self.entries.items()},
         }
+        return json.dumps(record, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
         with atomic_path(path) as temporary:
-            Path(temporary).write_text(json.dumps(record, indent=1))
+            temporary.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
