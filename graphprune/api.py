@@ -1,0 +1,372 @@
+"""The public surface: capture, plan, apply, compile, verify, load."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.capture.huggingface import example_kwargs, forward_defaults
+from graphprune.errors import CaptureError, InvalidInput, VerificationFailed
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.report import Footprint, Frozen, GroupSummary, PassRecord, Report, changes
+from graphprune.surgery import Cut, apply_cut
+from graphprune.units import DEFAULT_UNITS
+from graphprune.verify.certificate import Certificate, certify
+
+log = logging.getLogger("graphprune")
+
+Source = Any  # nn.Module | Program | path of an .onnx file or of a checkpoint folder | onnx.ModelProto | onnx_ir.Model
+
+
+def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None) -> Program:
+    """Turn a model into the standardized graph.
+
+    Args:
+        model: a torch module, an `.onnx` file, a folder with a Hugging Face checkpoint, an ONNX model in memory, or a `Program` (returned as it is).
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. Optional for Hugging Face models and ONNX.
+        kwargs: further keyword arguments of `forward`.
+        dynamic_shapes: as `torch.export.export` takes it.
+
+    Raises:
+        InvalidInput: the model or the inputs are not what they must be.
+        CaptureError: torch.export rejects the module, or no input sizes run the ONNX file.
+    """
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, (str, os.PathLike)) and Path(model).is_dir():
+        from graphprune.checkpoints import load_checkpoint
+
+        model = load_checkpoint(Path(model))
+    if not isinstance(model, nn.Module):
+        from graphprune.capture.onnx_file import capture_onnx
+
+        return capture_onnx(model, example_inputs)
+    from graphprune.capture.torch_export import capture_torch
+
+    module = _unwrapped(model)
+    args, named = _arguments(module, example_inputs, kwargs)
+    return capture_torch(module, args, named, dynamic_shapes)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and data-parallel wrappers."""
+    if hasattr(model, "_orig_mod"):
+        return _unwrapped(model._orig_mod)  # type: ignore[arg-type]
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(model.module)
+    if type(model).__module__.partition(".")[0] == "peft":
+        raise InvalidInput("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")
+    if getattr(model, "is_quantized", False) or hasattr(model, "hf_quantizer"):
+        raise InvalidInput("the model is quantized; prune the full-precision model and quantize the result")
+    return model
+
+
+def _arguments(module: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+    named = dict(kwargs or {})
+    args: tuple = ()
+    if isinstance(example_inputs, Mapping):
+        named = {**example_inputs, **named}
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    elif example_inputs is not None:
+        args = (example_inputs,)
+    elif not named:
+        made = example_kwargs(module)
+        if made is None:
+            names = ", ".join(inspect.signature(module.forward).parameters)
+            raise InvalidInput(
+                f"example inputs are needed to trace {type(module).__name__}.forward({names}): call graphprune.compile(model, torch.randn(2, 3, 224, 224)), "
+                "with inputs of the sizes you use and a batch of at least 2"
+            )
+        named = made
+    accepted = forward_defaults(module)
+    return args, {**{k: v for k, v in accepted.items() if k not in named}, **named}
+
+
+def plan(model: Source, example_inputs: Any = None, *, remove: Mapping[str, Iterable[int]] | None = None, kwargs=None, dynamic_shapes=None, **planning: Any) -> Plan:
+    """Decide what goes, without cutting: explicit units (`remove={"group": [0, 7]}`), or the planning arguments of `compile`."""
+    from graphprune.planning import make_plan
+
+    program = capture(model, example_inputs, kwargs, dynamic_shapes)
+    return Plan.of(program, remove) if remove is not None else make_plan(program, **_known(make_plan, planning))
+
+
+def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, or an error that lists the known ones."""
+    known = set(inspect.signature(function).parameters)
+    unknown = set(given) - known
+    if unknown:
+        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {', '.join(sorted(known - {'program'}))}")
+    return dict(given)
+
+
+@dataclass(eq=False)
+class Result:
+    """A pruned network: callable like the model, with the plan and the report that belong to it."""
+
+    program: Program  # before
+    pruned: Program  # after; its source is right by construction
+    plan: Plan
+    report: Report
+    certificate: Certificate | None
+    backend: str = "torch"
+    _module: nn.Module | None = field(default=None, repr=False)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The pruned network as an nn.Module, trainable: the user's class where write-back was verified, else the edited graph."""
+        if self._module is not None:
+            return self._module
+        from graphprune.execute.module import ProgramModule
+
+        return ProgramModule(self.pruned)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._runner(*args, **kwargs)
+
+    @cached_property
+    def _runner(self) -> Callable[..., Any]:
+        if self.backend == "torch":
+            return self.module
+        from graphprune.backends.base import lower
+
+        return lower(self, self.backend)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `x.onnx`, or a folder that `graphprune.load` (and, for uniform cuts, `from_pretrained`) reads back. Atomic."""
+        from graphprune.checkpoints import save_result
+
+        save_result(self, Path(path))
+
+
+def apply(
+    model: Source,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration_data: Any = None,
+    backend: str = "torch",
+    inplace: bool = False,
+    verify: bool | str = True,
+    device: Any = None,
+) -> Result:
+    """Cut a network as a plan says.
+
+    Raises:
+        InvalidInput: the plan is of another network.
+        VerificationFailed: the pruned network is not the masked network; nothing is returned or changed.
+    """
+    clock = _Clock()
+    with clock("capture"):
+        program = capture(model, example_inputs, kwargs, dynamic_shapes)
+    with clock("analysis"):
+        program.analysis  # noqa: B018  solved here so that its time is its own
+    removed = plan.resolve(program)
+    cut = Cut(program.analysis, removed)
+    with clock("surgery"):
+        pruned = apply_cut(program, cut)
+    certificate = None
+    if verify:
+        with clock("verify"):
+            certificate = _certificate(program, pruned, cut, plan, verify)
+    module, notes = None, []
+    if plan.repair:
+        if calibration_data is None and any(name != "bn" for name in plan.repair):
+            notes.append(f"the plan names the repair {', '.join(plan.repair)}; it was skipped for want of calibration_data")
+        else:
+            from graphprune.repair import repaired
+
+            with clock("repair"):
+                pruned = repaired(program, cut, pruned, plan.repair, calibration_data)
+    from graphprune.capture.torch_export import TorchSource
+
+    if isinstance(program.source, TorchSource):
+        from graphprune.surgery.write_back import write_back
+
+        with clock("write-back"):
+            written = write_back(program, cut, pruned, inplace=inplace)
+        module = written.module
+        notes += list(written.notes)
+    report = _report(program, pruned, cut, plan, certificate, notes, clock.seconds)
+    return Result(program, pruned, plan, report, certificate, backend, module)
+
+
+def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
+    weights = sum(v.tensor.numel() for v in program.weights.values() if v.tensor is not None)
+    dtype = torch.float64 if verify == "full" or weights <= 200e6 else torch.float32
+    seeds = (0, 1, 2) if verify == "full" or weights <= 5e6 else (0,)
+    certificate = certify(program, pruned, cut, seeds=seeds, dtype=dtype, plan_hash=plan.hash)
+    if certificate.status == "failed":
+        raise VerificationFailed(f"the pruned network is not the masked network: {certificate}; " + " ".join(certificate.notes))
+    return certificate
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate: Certificate | None, notes: Sequence[str], seconds: Mapping[str, float]) -> Report:
+    from graphprune import costs
+
+    before, after = costs.footprint(program), costs.footprint(pruned)
+    analysis = program.analysis
+    frozen: dict[tuple[str, int], Frozen] = {(v.name, a): Frozen.of(f"{v.name}[{a}]", why) for v, a, why in analysis.frozen_axes()}
+    return Report(
+        before=before,
+        after=after,
+        model=type(program.source.module).__name__ if hasattr(program.source, "module") else Path(getattr(program.source, "path", None) or "model.onnx").name,
+        plan_hash=plan.hash,
+        layers=changes({n: v.shape or () for n, v in program.weights.items()}, {n: v.shape or () for n, v in pruned.weights.items()}),
+        groups=tuple(GroupSummary.of(g, g.size - len(cut.removed.get(g.name, ()))) for g in analysis.groups),
+        not_prunable=tuple(frozen.values()),
+        passes=(PassRecord("structured", seconds.get("surgery", 0.0), f"{before.params - after.params} parameters removed"),),
+        certificate=asdict(certificate) if certificate else None,
+        warnings=tuple(notes),
+        seconds=dict(seconds),
+    )
+
+
+def compile(
+    model: Source,
+    example_inputs: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    recipe: Any = None,
+    pruning_ratio: float | Mapping[str, float] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    units: Sequence[str] = DEFAULT_UNITS,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    importance: Any = "magnitude",
+    scope: str = "local",
+    ignore: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    round_to: int | str = "auto",
+    min_keep: int = 1,
+    repair: Sequence[str] = (),
+    calibration_data: Any = None,
+    num_samples: int | None = None,
+    loss: Callable | None = None,
+    metric: Callable | None = None,
+    backend: str = "torch",
+    device: Any = None,
+    inplace: bool = False,
+    on_unknown: str = "freeze",
+    verify: bool | str = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Prune a network: capture, plan, cut, repair, prove.
+
+    Args:
+        pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`; in [0, 1).
+        budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and the ratio is the most any group loses.
+        units: kinds of units that may go, of `graphprune.units.UNITS`.
+        importance: "magnitude", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
+        scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
+        ignore, targets: exact names, globs, "re:...", "op:Conv".
+        calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data.
+        verify: True, "full" (always float64 and three inputs), or False.
+
+    Raises:
+        InvalidInput, CaptureError, NothingToPrune, BudgetNotMet, VerificationFailed: each says what, where and the way out.
+    """
+    from graphprune.planning import make_plan
+
+    for name, value, why in (("recipe", recipe, "no recipe is registered yet"), ("sparsity", sparsity, "masks are not implemented yet"), ("pattern", pattern, "masks are not implemented yet"), ("metric", metric, "the accuracy_drop budget is not implemented yet")):
+        if value is not None:
+            raise InvalidInput(f"{name}={value!r}: {why}")
+    if on_unknown not in ("freeze", "raise"):
+        raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
+    from graphprune.backends.base import check_backend
+
+    check_backend(backend)
+    if isinstance(model, nn.Module) and device is not None:
+        model = model.to(device)
+    clock = _Clock()
+    with clock("capture"):
+        program = capture(model, example_inputs, kwargs, dynamic_shapes)
+    with clock("analysis"):
+        if on_unknown == "raise":
+            from graphprune.analysis import analyze
+
+            program.__dict__["analysis"] = analyze(program, on_unknown)
+        program.analysis  # noqa: B018
+    if calibration_data is not None and num_samples is not None:
+        import itertools
+
+        calibration_data = list(itertools.islice(calibration_data, num_samples))
+    with clock("plan"):
+        made = make_plan(
+            program,
+            pruning_ratio=pruning_ratio,
+            budget=budget,
+            units=units,
+            importance=importance,
+            scope=scope,
+            ignore=ignore,
+            targets=targets,
+            round_to=round_to,
+            min_keep=min_keep,
+            repair=repair,
+            calibration_data=calibration_data,
+            loss=loss,
+            seed=seed,
+        )
+    result = apply(program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify)
+    result.report = replace(result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}})
+    return result
+
+
+def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
+    """Prove again that a pruned network is its original with the removed units of `plan` neutralised."""
+    program, other = capture(original), capture(pruned)
+    cut = Cut(program.analysis, plan.resolve(program))
+    if len(program.inputs) != len(other.inputs):
+        raise InvalidInput(f"the original takes {len(program.inputs)} inputs, the pruned network {len(other.inputs)}")
+    return certify(program, other, cut, plan_hash=plan.hash)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
+    """Read back what `Result.save` wrote: a module for a folder (`model` is the original, needed for plain modules), a `Program` for an `.onnx` file."""
+    if Path(path).is_file():
+        return capture(path)
+    from graphprune.checkpoints import load_result
+
+    return load_result(Path(path), model)
+
+
+def recipes() -> dict[str, Any]:
+    """The registered published methods: name -> unit, score, allocation, repair, paper."""
+    from graphprune.recipes import RECIPES
+
+    return dict(RECIPES)
+
+
+__all__ = ["CaptureError", "Plan", "Program", "Result", "apply", "capture", "compile", "load", "plan", "recipes", "verify"]
