@@ -14,10 +14,10 @@ from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks.zoo import torchvision, transformers
+from benchmarks.zoo import diffusers, timm, torchvision, transformers
 from benchmarks.zoo.row import Row
 
-_FILES = (torchvision, transformers)
+_FILES = (torchvision, timm, transformers, diffusers)
 ROWS: dict[str, Row] = {row.name: row for file in _FILES for row in file.ROWS}
 assert len(ROWS) == sum(len(file.ROWS) for file in _FILES), "two rows have one name"
 

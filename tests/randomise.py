@@ -57,8 +57,8 @@ def randomise(module: nn.Module, seed: int, *args: Any, **kwargs: Any) -> nn.Mod
                 if parameter.is_floating_point() and parameter.numel():
                     _fill(parameter, name, path, owner, generator)
             for name, buffer in owner.named_buffers(recurse=False):
-                if name.endswith("bias") and buffer.is_floating_point() and not buffer.any():  # of a router, of a frozen batch norm
-                    buffer.normal_(0, 0.1, generator=generator)
+                if name.endswith(("bias", "embed")) and buffer.is_floating_point() and not buffer.any():  # of routers, of codebooks
+                    buffer.normal_(0, 0.1 if name.endswith("bias") else 1, generator=generator)
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if norms:
             with seeded(seed):

@@ -200,7 +200,6 @@ _ENCODER_DECODERS: dict[str, tuple[str, Options]] = {
     "blenderbot-small": ("blenderbot-small", _SEQ2SEQ),
     "bigbird_pegasus": ("bigbird_pegasus", {**_SEQ2SEQ, "attention_type": "original_full"}),
     "led": ("led", {**_SEQ2SEQ, "attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}),
-    "longt5": ("longt5", {**_T5, "local_radius": 3}),
     "m2m_100": ("m2m_100", _SEQ2SEQ),
     "marian": ("marian", _SEQ2SEQ),
     "mbart": ("mbart", _SEQ2SEQ),
@@ -213,8 +212,6 @@ _ENCODER_DECODERS: dict[str, tuple[str, Options]] = {
     "prophetnet": ("prophetnet", {**_TOKENS, "hidden_size": 48, "encoder_ffn_dim": 112, "decoder_ffn_dim": 104, "num_encoder_layers": 2,
                                   "num_decoder_layers": 2, "num_encoder_attention_heads": 6, "num_decoder_attention_heads": 4,
                                   "max_position_embeddings": 64, "decoder_start_token_id": 1}),
-    "switch_transformers": ("switch_transformers", {**_T5, "num_experts": 7, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
-                                                    "num_decoder_layers": 2}),
     "t5": ("t5", _T5),
     "umt5": ("umt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
@@ -311,6 +308,10 @@ def _pair() -> dict[str, Tensor]:
     return {"input_ids": tokens(), "decoder_input_ids": tokens(7)}
 
 
+def _masked_pair() -> dict[str, Tensor]:
+    return {**_pair(), "attention_mask": torch.ones(2, 11), "decoder_attention_mask": torch.ones(2, 7)}
+
+
 def _image(size: int) -> Callable[[], dict[str, Tensor]]:
     return lambda: {"pixel_values": images(size)()}
 
@@ -375,6 +376,9 @@ _OTHERS: dict[str, tuple[str, str, str, Options, Callable[[], dict[str, Tensor]]
                                             "flow_size": 24, "spectrogram_bins": 24, "upsample_initial_channel": 24, "upsample_rates": [4, 2],
                                             "upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]],
                                             "prior_encoder_num_flows": 2, "duration_predictor_filter_channels": 20}, lambda: {"input_ids": tokens(9, 38)}),
+    "longt5": ("encoder-decoder", "AutoModelForSeq2SeqLM", "longt5", {**_T5, "local_radius": 3}, _masked_pair),
+    "switch_transformers": ("encoder-decoder", "AutoModelForSeq2SeqLM", "switch_transformers", {**_T5, "num_experts": 7, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+                                                    "num_decoder_layers": 2}, _masked_pair),
     "videomae": ("video", "AutoModelForVideoClassification", "videomae", _CLIP_VIDEO, lambda: {"pixel_values": torch.randn(2, 4, 3, 32, 32)}),
     "timesformer": ("video", "AutoModelForVideoClassification", "timesformer", _CLIP_VIDEO, lambda: {"pixel_values": torch.randn(2, 4, 3, 32, 32)}),
     "vivit": ("video", "AutoModelForVideoClassification", "vivit", {**_CLIP_VIDEO, "tubelet_size": [2, 8, 8]},
