@@ -105,7 +105,6 @@ def plan(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Where the plan goes.")] = None,
     calibration: Calibration = None,
     device: Device = None,
-    on_unknown: OnUnknown = "freeze",
     talk: Talk = Talk(),  # noqa: B008
 ) -> None:
     """Decide what to cut without cutting it. The plan fits the same network in any form: ONNX file, checkpoint, module."""
@@ -117,10 +116,10 @@ def plan(
     with progress(talk, f"reading {source.name}"):
         program = gp.capture(_model(source, device))
         arguments |= {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
-        made = gp.plan(program, **arguments, on_unknown=on_unknown)
+        made = gp.plan(program, **arguments)
         if out is not None:
             made.save(out)
-    show(talk, made.to_json, lambda: made)
+    show(talk, made.to_json, lambda: str(made))
 
 
 @verb("apply", "graphprune apply plan.json resnet50.onnx -o small.onnx")

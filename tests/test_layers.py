@@ -16,12 +16,11 @@ axes files
 checkpoints
 program
 units samples
-rules.notation
-analysis
 rules ops
-execute
+analysis execute
 capture
 calibration importance plan
+surgery.cut
 allocation
 surgery repair verify
 pass_manager
@@ -45,7 +44,6 @@ FOLDERS = {"graphprune": "", "passes": "passes", "backends": "backends"}
 # Upward imports inside functions, each with the reason why it is there.
 DEFERRED = {
     ("program", "analysis"): "`program.groups` and `program.explain` are the public way to the analysis",
-    ("analysis", "rules"): "the engine is what rules are written against; `analyze` looks them up once it runs",
 }
 
 
