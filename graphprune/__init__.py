@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphprune.api import Plan, Program, Result, apply, capture, compile, load, plan, recipes, verify
@@ -10,10 +13,17 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Program", "Result", "apply", "capture", "compile", "load", "plan", "recipes", "verify"]
 
 
-def __getattr__(name: str) -> Any:
-    """The public surface is loaded on first use: torch takes seconds, and `graphprune --help` should not."""
-    if name not in __all__:
-        raise AttributeError(f"module 'graphprune' has no attribute {name!r}")
-    from importlib import import_module
+class _Package(ModuleType):
+    """Loads the public surface on first use: torch takes seconds, and `graphprune --help` should not.
 
-    return getattr(import_module("graphprune.api"), name)
+    Properties, because some functions share their name with a sub-package (`verify`, `recipes`, `plan`), which the import system would put in their place.
+    """
+
+
+def _public(name: str) -> property:
+    return property(lambda package: getattr(import_module("graphprune.api"), name), lambda package, submodule: None)
+
+
+for _name in __all__:
+    setattr(_Package, _name, _public(_name))
+sys.modules[__name__].__class__ = _Package

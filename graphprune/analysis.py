@@ -16,6 +16,7 @@ import numpy as np
 
 from graphprune import axes as ax
 from graphprune.axes import Axis, Factor
+from graphprune.branches import branches
 from graphprune.errors import NotPrunable, Reason, UnsupportedOp
 from graphprune.program import Kind, Node, Program, Value
 from graphprune.rules import RULES
@@ -32,6 +33,7 @@ class Analysis:
     program: Program
     engine: Engine
     groups: list[Group] = field(default_factory=list)
+    vanish: dict[Value, set[Factor]] = field(default_factory=dict)  # along which factors of groups a result is zero when masked
 
     def axes(self, value: Value, node: Node | None = None) -> list[Axis] | None:
         """The axes of a value, or None where nothing is known; a constant's are those of its use at `node`."""
@@ -130,7 +132,19 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             if not free_border:
                 engine.freeze(axis, Reason.OUTPUT)
     analysis.groups = _groups(analysis, free_border)
+    if not free_border:
+        analysis.groups += _layers(program)
     return analysis
+
+
+def _layers(program: Program) -> list[Group]:
+    """Residual branches, each a group of one unit that may go."""
+    found = []
+    for branch in branches(program):
+        members = tuple(Member(v, 0, Role.CARRIER, lambda v=v: np.arange(v.shape[0])[None]) for v in branch.weights if v.shape)  # type: ignore[misc]
+        first = members[0].tensor.rpartition(".")[0] or members[0].tensor
+        found.append(Group(f"{first}:layer", "layer", 1, members, Exactness.EXACT, 0, branch, branch.join.name))
+    return found
 
 
 def _freeze_border(engine: Engine, node: Node) -> None:
@@ -160,7 +174,7 @@ def _groups(analysis: Analysis, free_border: bool) -> list[Group]:
     if not free_border:  # buffers follow parameters, they do not make a group
         where = {leaf: at for leaf, at in where.items() if any(v.kind is Kind.PARAMETER for v, _ in at)}
     order = _appearance(program, engine, where)
-    approximate, vanish_over = _exactness(engine, where)
+    approximate, analysis.vanish = _exactness(engine, where)
     roles = _roles(engine, where)
     limits: dict[Factor, int] = {}
     for dim, count, _ in engine.limits:
@@ -252,11 +266,10 @@ def _exactness(engine: Engine, where: Mapping[Factor, Any]) -> tuple[dict[Factor
         return leafsets[key]
 
     def vanishing(value: Value, node: Node) -> set[Factor]:
-        if value.kind in (Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT):
-            return leaves(value, node)  # masked slices are zero
-        if value.kind is Kind.INPUT:
-            return leaves(value, node)  # free only in the rule checker, which masks inputs too
-        return vanish.get(value, set())
+        if value.kind is Kind.RESULT:
+            return vanish.get(value, set())
+        # masked slices of tensors are zero, and so are those of inputs (free only in the rule checker); integers are left as they are
+        return leaves(value, node) if value.dtype is not None and value.dtype.is_floating_point else set()
 
     approximate: dict[Factor, str] = {}
     for flow in engine.flows:

@@ -83,12 +83,14 @@ def _unlifted(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     except TypeError:
         graph_module = exported.module()
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and not node.users:  # guards on sizes that we may change
+        guard = node.op == "call_module" or node.target in _ASSERTIONS
+        if guard and not node.users:  # of sizes and dtypes that we may change
             graph_module.graph.erase_node(node)
     graph_module.recompile()
     return graph_module  # type: ignore[return-value]
 
 
+_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # name -> arguments before the body
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from graphprune import axes as ax
 from graphprune.analysis import Analysis, axis_key
 from graphprune.axes import Axis, Factor
+from graphprune.branches import Branch
 from graphprune.errors import InvalidInput
 from graphprune.program import Kind, Node, Value
 
@@ -29,6 +30,7 @@ class Cut:
         self.removed = {name: tuple(sorted(set(map(int, units)))) for name, units in removed.items()}
         self.removed = {name: units for name, units in self.removed.items() if units}
         self.kept: dict[Factor, np.ndarray] = {}
+        self.bypassed: dict[Node, Branch] = {}  # additions whose branch goes
         self._masks: dict[tuple, np.ndarray | None] = {}
         for name, units in self.removed.items():
             if name not in analysis.by_name:
@@ -38,6 +40,9 @@ class Cut:
                 raise InvalidInput(f"group {name!r} has units 0..{group.size - 1}, the plan removes {units[-1] if units[0] >= 0 else units[0]}")
             if group.size - len(units) < group.min_keep:
                 raise InvalidInput(f"group {name!r} must keep {group.min_keep} of {group.size} units, the plan keeps {group.size - len(units)}")
+            if isinstance(group.atom, Branch):
+                self.bypassed[group.atom.join] = group.atom
+                continue
             stays = np.ones(group.size, bool)
             stays[list(units)] = False
             self.kept[group.atom] = stays

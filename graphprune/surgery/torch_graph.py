@@ -44,6 +44,10 @@ def apply_cut(program: Program, cut: Cut) -> Program:
             attributes[fx_node.target] = tensors.get(value) if value in tensors else _attribute(old, fx_node.target)
             continue
         node = nodes.get(fx_node)
+        if node in cut.bypassed:
+            graph.erase_node(new)
+            env[fx_node] = env[origin[cut.bypassed[node].skip]]  # type: ignore[index]
+            continue
         if node is None or not cut.touches(node):
             continue
         new.meta["shapes"] = tuple(cut.shape(v) if v.shape is not None else None for v in node.outputs)
@@ -64,6 +68,10 @@ def apply_cut(program: Program, cut: Cut) -> Program:
 
             for name, literal in edit.items():
                 _set_argument(new, name, substitute(literal, lowered))
+    if cut.bypassed:
+        graph.eliminate_dead_code()
+        read = {n.target for n in graph.nodes if n.op == "get_attr"}
+        attributes = {name: tensor for name, tensor in attributes.items() if name in read}
     graph._codegen = copy.copy(old.graph._codegen)
     graph_module = fx.GraphModule(attributes, graph, "Pruned" + type(source.module).__name__)
     graph_module.meta = dict(old.meta)

@@ -30,6 +30,9 @@ def run_masked(program: Program, cut: Cut, inputs: Sequence[Any], dtype: torch.d
         for value in node.inputs:
             if value.kind is Kind.CONSTANT and value.dtype is not None and value.dtype.is_floating_point and (gone := _gone(cut, value, node)):
                 args = {k: _replaced(node.args[k], args[k], value, gone) for k in args}
+        if node in cut.bypassed:
+            end = cut.bypassed[node].end
+            args = {k: torch.zeros_like(a) if node.args[k] is end else a for k, a in args.items()}
         if node in over:
             operand, gone = over[node]
             style = NEUTRAL.get(node.op)
