@@ -60,18 +60,17 @@ def shapes(folder: PathLike) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def load_checkpoint(folder: PathLike) -> nn.Module:
-    """The model in a folder, of the class that its `config.json` names, in evaluation mode and its own dtype.
+def model_class(folder: PathLike) -> Any:
+    """The transformers class that a folder's `config.json` names.
 
     Raises:
-        InvalidInput: if the folder is no such checkpoint, or its class is not one of transformers' own.
+        InvalidInput: if it names none, or none of transformers' own.
         MissingExtra: if transformers is not installed.
     """
     config = read_config(folder)
     names = config.get("architectures") or []
     if not names:
         raise InvalidInput(f"{folder}/config.json names no class under 'architectures', so it is not known how to build the model")
-    weight_files(folder)
     try:
         import transformers
     except ImportError as error:
@@ -80,8 +79,21 @@ def load_checkpoint(folder: PathLike) -> nn.Module:
     if cls is None:
         remote = "; it comes with code of its own, which is never run" if "auto_map" in config else ""
         raise InvalidInput(f"{folder}: transformers {transformers.__version__} has no class {names[0]}{remote}")
+    return cls
+
+
+def load_checkpoint(folder: PathLike) -> nn.Module:
+    """The model in a folder, of the class that its `config.json` names, in evaluation mode and its own dtype.
+
+    Raises:
+        InvalidInput: if the folder is no such checkpoint, or its class is not one of transformers' own.
+        MissingExtra: if transformers is not installed.
+    """
+    read_config(folder)
+    weight_files(folder)
+    cls = model_class(folder)
     try:
         model = cls.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{folder} does not load as {names[0]}: {str(error).strip().splitlines()[0]}") from error
+        raise InvalidInput(f"{folder} does not load as {cls.__name__}: {str(error).strip().splitlines()[0]}") from error
     return model.eval()

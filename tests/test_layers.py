@@ -17,17 +17,20 @@ checkpoints
 program
 units samples
 rules ops
+branches
 analysis execute
 capture
 calibration importance plan
 surgery.cut
 allocation
-surgery repair verify
+surgery repair
+verify
 pass_manager
 passes
 recipes
 report
 backends
+results
 api
 backends.torch_compile
 bench
