@@ -146,7 +146,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `x.onnx`, or a folder that `graphprune.load` (and, for uniform cuts, `from_pretrained`) reads back. Atomic."""
-        from graphprune.checkpoints import save_result
+        from graphprune.results import save_result
 
         save_result(self, Path(path))
 
@@ -357,7 +357,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
     """Read back what `Result.save` wrote: a module for a folder (`model` is the original, needed for plain modules), a `Program` for an `.onnx` file."""
     if Path(path).is_file():
         return capture(path)
-    from graphprune.checkpoints import load_result
+    from graphprune.results import load_result
 
     return load_result(Path(path), model)
 
