@@ -242,9 +242,9 @@ def _model(path: Path, device: str | None = None) -> Any:
     _kind(path)
     if path.is_file():
         return path
-    from graphprune.checkpoints import load_checkpoint
+    from graphprune.results import load_result
 
-    model = load_checkpoint(path)
+    model = load_result(path)
     return model.to(device) if device else model
 
 
