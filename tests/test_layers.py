@@ -16,10 +16,12 @@ axes files
 checkpoints
 program
 units samples
+report
 rules ops
 branches
 analysis execute
 capture
+costs
 calibration importance plan
 surgery.cut
 allocation
@@ -28,7 +30,6 @@ verify
 pass_manager
 passes
 recipes
-report
 backends
 results
 api
