@@ -69,7 +69,7 @@ def apply_cut(program: Program, cut: Cut) -> Program:
             for name, literal in edit.items():
                 _set_argument(new, name, substitute(literal, lowered))
     if cut.bypassed:
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # in-place and random ops go too
         read = {n.target for n in graph.nodes if n.op == "get_attr"}
         attributes = {name: tensor for name, tensor in attributes.items() if name in read}
     graph._codegen = copy.copy(old.graph._codegen)
