@@ -141,8 +141,8 @@ def apply(
     with progress(talk, f"reading {source.name}"):
         made = gp.Plan.load(plan)
         program = gp.capture(_model(source, device))
-        arguments = {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
-        result = gp.apply(program, made, verify=not no_verify, **arguments)
+        samples = read_samples(calibration, program.inputs) if calibration else None
+        result = gp.apply(program, made, calibration_data=samples, verify=not no_verify)
         result.save(out)
         _also(result, None, report)
     show(talk, result.report.to_json, lambda: result.report)

@@ -48,7 +48,7 @@ def run(ratio: float = 0.25, out: Path | None = None, lines: int = 60) -> Report
         target = out or Path(folder) / "small.onnx"
         result.save(target)
         log.info("reading %d lines with both models", lines)
-        quality = tuple(_error_rate(path, test) for path in (source, target))
+        quality = _error_rate(source, test), _error_rate(target, test)
         log.info("measuring")
         calls = [bench.onnx_call(path, {"x": test[0][1]}) for path in (source, target)]
         times = bench.compare(calls, (MODEL, target.name), "cpu, 1 thread", "onnxruntime", seconds=3)

@@ -47,7 +47,8 @@ def test_every_verb_has_help_with_an_example(verb):
 
 
 def test_help_answers_without_loading_torch():
-    script = "import sys\nfrom graphprune.cli import app\ntry: app(['prune', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    lines = ("import sys", "from graphprune.cli import app", "try: app(['prune', '--help'])", "except SystemExit: pass")
+    script = "\n".join([*lines, "assert 'torch' not in sys.modules"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
