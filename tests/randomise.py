@@ -65,7 +65,8 @@ def randomise(module: nn.Module, seed: int, *args: Any, **kwargs: Any) -> nn.Mod
                 _calibrate(module, norms, args, kwargs)
             for norm in norms:
                 _jitter(norm, generator)
-    return module
+    module.train()  # drops what some networks keep in evaluation mode, such as tables of attention biases that were looked up
+    return module.eval()
 
 
 def _fill(p: Tensor, name: str, path: str, owner: nn.Module, generator: torch.Generator) -> None:
@@ -77,12 +78,15 @@ def _fill(p: Tensor, name: str, path: str, owner: nn.Module, generator: torch.Ge
     sample = p.detach().flatten()[:: max(1, p.numel() // 4096)].float()
     low, high, spread = float(sample.min()), float(sample.max()), float(sample.std(correction=0))
     peak = max(abs(low), abs(high))
+    is_bias = name.endswith("bias")
     if name == "weight" and isinstance(owner, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         p.uniform_(0.5, 1.5, generator=generator)  # whatever it was: some start at zero, some near it
         return
+    if is_bias and "dt_" in f"{path}.{name}":  # of a state space's time steps: long enough for the input to steer the state
+        p.uniform_(-1.5, 0.5, generator=generator)
+        return
     constant = high - low <= 1e-6 * peak
     is_norm = "norm" in type(owner).__name__.lower()
-    is_bias = name.endswith("bias")
     is_table = isinstance(owner, nn.Embedding) or (not name.endswith("weight") and any(word in name.lower() for word in _TABLES))
     if constant and peak >= 0.2:  # a scale: of a norm, a skip connection, logits (there given as a logarithm, so it stays near)
         width = 0.5 if peak <= 1.5 else 0.1

@@ -52,7 +52,10 @@ _VIDEO: dict[str, tuple[int, tuple[int, int, int]]] = {
 _FLOW = "raft_large raft_small".split()
 
 # name -> image size. Two-stage detectors are left out: between their stages they need compiled operators.
-_DETECTION = {"fcos_resnet50_fpn": 128, "retinanet_resnet50_fpn": 128, "retinanet_resnet50_fpn_v2": 128, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
+_DETECTION = {
+    "fcos_resnet50_fpn": 128, "retinanet_resnet50_fpn": 128, "retinanet_resnet50_fpn_v2": 128, "ssd300_vgg16": 300,
+    "ssdlite320_mobilenet_v3_large": 320,
+}
 
 
 class DenseDetector(nn.Module):
