@@ -132,6 +132,12 @@ def _target_shape(argument: str) -> Callable[[Node, Cut], Edit]:
     return edit
 
 
+def _view(node: Node, cut: Cut) -> Edit:
+    """What is cut may be laid out in memory otherwise, so that a view is no longer possible."""
+    changed = _target_shape("size")(node, cut)
+    return torch.ops.aten.reshape.default, {"self": node["self"], "shape": changed["size"]}  # type: ignore[index, call-overload]
+
+
 def _unflatten(node: Node, cut: Cut) -> Edit:
     dim = node["dim"] % len(node["self"].shape)
     count = len(node["sizes"])
@@ -225,7 +231,8 @@ def _count_argument(name: str) -> Callable[[Node, Cut], Edit]:
 
 
 LITERALS: Mapping[str, Callable[[Node, Cut], Edit]] = {
-    **dict.fromkeys(("view", "_unsafe_view", "expand"), _target_shape("size")),
+    **dict.fromkeys(("view", "_unsafe_view"), _view),
+    "expand": _target_shape("size"),
     "reshape": _target_shape("shape"),
     "broadcast_to": _target_shape("size"),
     "unflatten": _unflatten,

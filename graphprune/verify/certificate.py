@@ -15,7 +15,7 @@ import torch
 
 from graphprune.execute.interpreter import run
 from graphprune.program import Program
-from graphprune.surgery.cut import Cut
+from graphprune.surgery import Cut, apply_cut
 from graphprune.verify.masking import run_masked
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest masked output
@@ -111,4 +111,56 @@ def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int]
     else:
         status = "passed"
     groups = [cut.analysis.by_name[name] for name in cut.removed]
-    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(seeds), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash)
+    notes = tuple(f"wrong on its own: {name}" for name in blame(program, cut, dtype)) if status == "failed" else ()
+    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(seeds), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash, notes)
+
+
+def blame(program: Program, cut: Cut, dtype: torch.dtype = torch.float64, limit: int = 3) -> list[str]:
+    """Groups whose cut alone fails, found by bisection; empty when only their combination does."""
+    inputs = random_inputs(program, 0)
+
+    def wrong(names: Sequence[str]) -> bool:
+        try:
+            part = Cut(cut.analysis, {name: cut.removed[name] for name in names})
+            masked = run_masked(program, part, inputs, dtype)
+            return not distance(run(apply_cut(program, part), inputs, dtype=dtype), masked) <= TOLERANCE[dtype]
+        except Exception:  # whatever breaks here broke because of these groups
+            return True
+
+    def search(names: Sequence[str]) -> list[str]:
+        if not wrong(names):
+            return []
+        if len(names) == 1:
+            return list(names)
+        half = len(names) // 2
+        return search(names[:half]) + search(names[half:])
+
+    return search(list(cut.removed))[:limit]
+
+
+def shifted_control(program: Program, pruned: Program, cut: Cut, dtype: torch.dtype = torch.float64, tries: int = 5) -> float:
+    """The negative control: the error after one member's kept positions move by one. It must be far above the tolerance, or the certificate proves nothing.
+
+    Returns the largest error of `tries` members; nan when no member can be shifted.
+    """
+    inputs = random_inputs(program, 0)
+    masked = run_masked(program, cut, inputs, dtype)
+    worst = float("nan")
+    order = torch.randperm(len(cut.weights), generator=torch.Generator().manual_seed(0)).tolist()
+    members = list(cut.weights.items())
+    for i in order:
+        value, keeps = members[i]
+        twin = pruned.weights.get(value.name)
+        if twin is None or not value.is_weight or tries == 0:
+            continue
+        axis, keep = next(iter(keeps.items()))
+        moved = (torch.from_numpy(keep) + 1) % value.shape[axis]  # type: ignore[index]
+        tensor = value.tensor
+        for other, positions in keeps.items():
+            tensor = tensor.index_select(other, (moved if other == axis else torch.from_numpy(positions)).to(tensor.device))  # type: ignore[union-attr]
+        if torch.equal(tensor, twin.tensor):  # type: ignore[arg-type]
+            continue
+        tries -= 1
+        error = distance(run(pruned, inputs, tensors={twin: tensor}, dtype=dtype), masked)
+        worst = error if worst != worst else max(worst, error)
+    return worst
