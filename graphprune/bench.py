@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import ConsoleRenderable
-from rich.console import Group as Stack
 from rich.text import Text
 
 from graphprune.errors import InvalidInput, MissingExtra
@@ -39,7 +38,7 @@ class Comparison:
         ]
         line = f"{self.speedup:.2f}x faster (half of {self.rounds} rounds: {self.low:.2f} to {self.high:.2f}); "
         where = f"{self.before.backend} on {self.before.device}"
-        return Stack(tables.grid(("model", "median", "half of the runs"), rows), Text(line + where))
+        return tables.stack([tables.grid(("model", "median", "half of the runs"), rows), Text(line + where)])
 
 
 def compare(calls: Sequence[Callable[[], Any]], names: tuple[str, str], device: str, backend: str, seconds: float = 5.0) -> Comparison:

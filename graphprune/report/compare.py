@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from rich.console import ConsoleRenderable
-from rich.console import Group as Stack
 from rich.text import Text
 from safetensors import safe_open
 
@@ -72,7 +71,7 @@ class Difference:
             parts.append(tables.grid(("other values",), rows))
         if self.facts:
             parts.append(tables.grid(("", "before", "after"), [(name, *pair) for name, pair in self.facts.items()]))
-        return Stack(*parts)
+        return tables.stack(parts)
 
 
 def compare(before: PathLike, after: PathLike) -> Difference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +75,29 @@ def report(it: Report) -> ConsoleRenderable:
     if it.certificate is not None:
         parts.append(certificate(it.certificate))
     if it.seconds:
-        parts.append(Text("time  " + "  ".join(f"{stage} {value:.2f} s" for stage, value in it.seconds.items()), style="dim"))
+        parts.append(_times(it.seconds))
     parts += [Text(f"warning: {line}", style="yellow") for line in it.warnings]
-    return Stack(*parts)
+    return stack(parts)
+
+
+def stack(parts: Iterable[Any]) -> ConsoleRenderable:
+    """Parts one below the other, a blank line around every table."""
+    return Stack(*_spaced(parts))
+
+
+def _spaced(parts: Iterable[Any]) -> Iterator[Any]:
+    before: Any = None
+    for part in parts:
+        if before is not None and (isinstance(part, Table) or isinstance(before, Table)):
+            yield Text("")
+        yield part
+        before = part
+
+
+def _times(seconds: Mapping[str, float]) -> Text:
+    total = sum(seconds.values())
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if value >= 0.01 * total)
+    return Text(f"time  {total:.2f} s ({stages})", style="dim")
 
 
 _COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -89,7 +109,7 @@ _COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 def _footprints(it: Report) -> Table:
     title = tail(it.model, 50) + (f"   plan {it.plan_hash[:12]}" if it.plan_hash else "")
-    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for column in ("before", "after", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -158,7 +178,7 @@ def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A plain table of text cells."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in header:
         table.add_column(column, overflow="fold")
     for row in rows:
