@@ -125,4 +125,6 @@ def test_compare_refuses_what_is_no_model(tmp_path):
     with pytest.raises(InvalidInput, match="does not exist"):
         compare(good, tmp_path / "missing.onnx")
     with pytest.raises(InvalidInput, match="no weights"):
-        compare(good, tmp_path / ".." / tmp_path.name)
+        compare(tmp_path, tmp_path)
+    with pytest.raises(InvalidInput, match=r"two \.onnx files or two folders"):
+        compare(good, tmp_path)

@@ -80,6 +80,8 @@ def compare(before: PathLike, after: PathLike) -> Difference:
     Raises:
         InvalidInput: if one of them cannot be read.
     """
+    if Path(before).is_dir() != Path(after).is_dir():
+        raise InvalidInput(f"{before} and {after} name their tensors differently: compare two .onnx files or two folders")
     old, new = contents(before), contents(after)
     common = [name for name, it in old.tensors.items() if name in new.tensors and new.tensors[name].shape == it.shape]
     moved = tuple(name for name in common if not _same(old.tensors[name].read(), new.tensors[name].read()))

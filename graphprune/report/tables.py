@@ -56,6 +56,11 @@ def _scaled(number: float | None, base: int, units: Sequence[str]) -> str:
     return f"{number:.4g}{unit}" if unit != units[0] else f"{number:,.0f}{unit}"
 
 
+def plural(number: int, noun: str) -> str:
+    """1, "group" -> "1 group"; 2 -> "2 groups"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def tail(name: str, width: int) -> str:
     """`name` cut on the left to `width` characters: the end of a dotted name is what tells it from its neighbours."""
     return name if len(name) <= width else "…" + name[1 - width :]
@@ -189,15 +194,16 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everything: bool = False) -> ConsoleRenderable:
     """A tree of what can be cut, by kind, then of what cannot and why; long lists are cut short unless `everything`."""
     most = None if everything else LONGEST
-    prunable = Tree(f"[bold]prunable[/]: {len(groups)} groups")
+    prunable = Tree(f"[bold]prunable[/]: {plural(len(groups), 'group')}")
     by_kind = defaultdict(list)
     for group in groups:
         by_kind[group.kind].append(group)
     for kind, members in by_kind.items():
-        branch = prunable.add(f"[cyan]{kind}[/]: {len(members)} groups, {sum(g.size for g in members)} units")
+        total = plural(sum(g.size for g in members), "unit")
+        branch = prunable.add(f"[cyan]{kind}[/]: {plural(len(members), 'group')}, {total}")
         for group in _first(branch, members, most):
-            line = f"{escape(group.name if everything else tail(group.name, 34))}  {group.size} units x {count(group.parameters)}"
-            line += f", {len(group.members)} tensor axes"
+            line = f"{escape(group.name if everything else tail(group.name, 34))}  {plural(group.size, 'unit')} x {count(group.parameters)}"
+            line += f" in {plural(len(group.members), 'tensor')}"
             leaf = branch.add(line + ("" if group.exact == "exact" else f"  [yellow]{group.exact}[/]"))
             for member in group.members if everything else ():
                 leaf.add(Text(member, style="dim"))
