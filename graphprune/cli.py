@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,19 @@ Everything = Annotated[bool, typer.Option("--all", help="Show long lists whole."
 
 Saved = Annotated[Path | None, typer.Option("--plan-out", metavar="FILE.json", help="Also write the plan.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"graphprune {version('graphprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def graphprune(
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
 
 
 @verb("prune", "graphprune prune resnet50.onnx -o small.onnx --ratio 0.3")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ def test_help_names_every_verb():
         assert f" {verb} " in shown.stdout, verb
 
 
+def test_version():
+    assert call("--version").stdout == f"graphprune {version('graphprune')}\n"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb):
     shown = call(verb, "--help")
@@ -72,7 +77,7 @@ def test_help_answers_without_loading_torch():
         (("explain", "IN", "nothing.of.the.sort"), "nothing.of.the.sort"),
         (("prune", "IN", "-o", "OUT", "--calibration", "missing.npz"), "missing.npz does not exist"),
         (("prune", "IN", "-o", "OUT", "--recipe", "no-such-recipe"), "no-such-recipe"),
-        (("prune", "IN", "-o", "OUT", "--units", "chanel"), "chanel"),
+        (("prune", "IN", "-o", "OUT", "--ratio", "0.3", "--units", "chanel"), "chanel"),
         (("apply", "README", "IN", "-o", "OUT"), "README.md"),
         (("bench", "IN", "missing.onnx"), "missing.onnx does not exist"),
         (("diff", "IN", "README"), "not a readable ONNX file"),
@@ -180,6 +185,20 @@ def test_diff_as_text_and_as_json(tmp_path, model):
     text, data = call("diff", model, other), call("diff", model, other, "--json")
     assert text.exit_code == 0 and "3x8" in text.stdout and "3x5" in text.stdout
     assert [row["name"] for row in json.loads(data.stdout)["shapes"]] == ["a", "b"]
+
+
+def test_explain_says_yes_and_no(model):
+    shown = call("explain", model, "a")
+    assert shown.exit_code == 0 and "8 units of group" in shown.stdout and "model input" in shown.stdout
+    rows = json.loads(call("explain", model, "a", "--json").stdout)
+    assert [(row["axis"], row["prunable"]) for row in rows] == [(0, False), (1, True)]
+
+
+def test_inspect_lists_groups_and_reasons(model):
+    shown = call("inspect", model)
+    assert shown.exit_code == 0 and "prunable: 1 group" in shown.stdout and "it is an axis of a model output: 1" in shown.stdout
+    found = json.loads(call("inspect", model, "--json").stdout)
+    assert [group["size"] for group in found["groups"]] == [8] and len(found["not_prunable"]) == 2
 
 
 def test_piped_output_is_plain_and_no_color_is_honoured(tmp_path, model):

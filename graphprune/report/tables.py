@@ -249,12 +249,14 @@ def records(registry: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def listing(rows: Sequence[Mapping[str, Any]]) -> ConsoleRenderable:
     """Rows of equal keys as a table under these keys."""
-    return grid(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows]) if rows else Text("none")
+    return grid(list(rows[0]), [[_word(cell) for cell in row.values()] for row in rows]) if rows else Text("none")
 
 
 def _word(value: Any) -> str:
     if value is None or value == ():
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_word, value))
     return str(getattr(value, "__name__", value))
