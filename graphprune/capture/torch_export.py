@@ -63,6 +63,7 @@ def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the duration; each sub-module's own mode comes back."""
     modes = [(m, m.training) for m in module.modules()]
+    module.train()  # some models keep derived weights (attention biases) from an earlier evaluation: leaving the mode drops them
     module.eval()
     try:
         yield

@@ -1,0 +1,138 @@
+"""The property everything rests on: the pruned network is the masked network, for every tiny model and every group, and one index off is seen."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from graphprune.axes import leaves_of
+from graphprune.capture.torch_export import capture_torch
+from graphprune.program import Program
+from graphprune.surgery import Cut, apply_cut, torch_graph
+from graphprune.verify.certificate import certify, distance, shifted_control
+from tests.zoo import TINY
+
+
+@cache
+def program(name: str) -> Program:
+    case = TINY[name]()
+    return capture_torch(case.module, case.args, case.kwargs)
+
+
+def some_units(program: Program, share: float, seed: int = 0, kinds: tuple[str, ...] | None = None) -> dict[str, list[int]]:
+    """Random units of every group, as many as its own and its top-k limit allow."""
+    rng = np.random.default_rng(seed)
+    removed = {}
+    for group in program.groups:
+        if group.kind == "layer" or (kinds and group.kind not in kinds):
+            continue
+        count = min(max(1, int(group.size * share)), group.size - group.min_keep)
+        if count:
+            removed[group.name] = sorted(rng.permutation(group.size)[:count].tolist())
+    return removed
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_all_groups_at_once(name: str) -> None:
+    original = program(name)
+    cut = Cut(original.analysis, some_units(original, 0.34))
+    certificate = certify(original, apply_cut(original, cut), cut)
+    assert certificate.status == "passed", str(certificate)
+    assert certificate.error <= 1e-9
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_each_group_alone(name: str) -> None:
+    original = program(name)
+    for group, units in some_units(original, 0.5, seed=1).items():
+        cut = Cut(original.analysis, {group: units})
+        certificate = certify(original, apply_cut(original, cut), cut, seeds=(0,))
+        assert certificate.status == "passed", f"{group}: {certificate}"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_keep_one_and_remove_none(name: str) -> None:
+    original = program(name)
+    most = {g.name: list(range(g.min_keep, g.size)) for g in original.groups if g.kind != "layer" and g.size > g.min_keep}
+    cut = Cut(original.analysis, most)
+    assert certify(original, apply_cut(original, cut), cut, seeds=(0,)).status in ("passed", "ill-conditioned")
+    nothing = Cut(original.analysis, {})
+    certificate = certify(original, apply_cut(original, nothing), nothing, seeds=(0,))
+    assert certificate.error < 1e-14 and certificate.effect < 1e-14
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_layers(name: str) -> None:
+    original = program(name)
+    for group in original.groups:
+        if group.kind == "layer":
+            cut = Cut(original.analysis, {group.name: [0]})
+            pruned = apply_cut(original, cut)
+            assert certify(original, pruned, cut, seeds=(0,)).status == "passed"
+            assert not {m.tensor for m in group.members} & set(pruned.weights)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_position_off_is_seen(name: str) -> None:
+    original = program(name)
+    cut = Cut(original.analysis, some_units(original, 0.34))
+    assert shifted_control(original, apply_cut(original, cut), cut) > 1e-6
+
+
+def test_planted_fault_in_surgery_is_seen_and_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = program("resnet")
+    cut = Cut(original.analysis, some_units(original, 0.34))
+    honest = torch_graph.sliced_weights
+
+    def off_by_one(program: Program, cut: Cut) -> dict:
+        tensors = honest(program, cut)
+        value, keeps = next((v, k) for v, k in cut.weights.items() if v.name.endswith("weight") and len(v.shape) == 4)
+        axis, keep = next(iter(keeps.items()))
+        moved = torch.from_numpy((keep + 1) % value.shape[axis])
+        shifted = value.tensor.detach().index_select(axis, moved)
+        for other, positions in keeps.items():
+            if other != axis:
+                shifted = shifted.index_select(other, torch.from_numpy(positions))
+        return {**tensors, value: torch.nn.Parameter(shifted)}
+
+    monkeypatch.setattr(torch_graph, "sliced_weights", off_by_one)
+    certificate = certify(original, torch_graph.apply_cut(original, cut), cut)
+    assert certificate.status == "failed"
+    assert certificate.notes
+
+
+def test_permuting_units_changes_nothing() -> None:
+    """The units of a group have no order: a permutation of all members leaves the output as it is."""
+    from graphprune.execute.interpreter import run
+    from graphprune.verify.certificate import random_inputs
+
+    for name in TINY:
+        original = program(name)
+        inputs = random_inputs(original, 0)
+        dense = run(original, inputs, dtype=torch.float64)
+        tables = {leaf for dims in original.analysis.engine.constants.values() for dim in dims for leaf in leaves_of(dim)}
+        for group in original.groups:
+            if group.kind == "layer" or group.atom in tables:  # a folded table along the axis would have to be permuted too
+                continue
+            order = np.random.default_rng(0).permutation(group.size)
+            tensors = {}
+            for member in group.members:
+                tensor = tensors.get(member.value, member.value.tensor.detach())
+                positions = np.arange(member.value.shape[member.axis])
+                positions[member.index] = member.index[order]
+                tensors[member.value] = tensor.index_select(member.axis, torch.from_numpy(positions))
+            assert distance(run(original, inputs, tensors=tensors, dtype=torch.float64), dense) < 1e-9, f"{name}: {group.name}"
+
+
+def test_distance_sees_one_moved_weight_and_one_infinity() -> None:
+    a = torch.ones(3, 4)
+    b = a.clone()
+    assert distance([a], [b]) == 0.0
+    b[1, 2] += 1e-6
+    assert distance([a], [b]) > 1e-7
+    b[1, 2] = torch.inf
+    assert distance([a], [b]) == float("inf")
+    assert distance([a[:2]], [a]) == float("inf")
