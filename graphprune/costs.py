@@ -1,8 +1,8 @@
-"""What a network costs: parameters, bytes of weights and multiply-accumulates (MACs), exactly, before a cut and under one, without surgery.
+"""What a network costs: parameters, bytes of weights and multiply-accumulates (MACs), exactly, before a cut and under one.
 
-MACs are those of contractions (linear maps, convolutions, attention, recurrences, scans) at the example inputs; elementwise work, norms and look-ups count zero. A FLOP
-counter that counts multiply and add gives twice the number. One row per op, both dialects in one table; a row sees shapes only, so the same row prices the network
-before a cut, under a cut, and after surgery.
+MACs are those of contractions (linear maps, convolutions, attention, recurrences, scans) at the example inputs; elementwise work, norms
+and look-ups count zero. A FLOP counter that counts multiply and add gives twice the number. One row per op, both dialects in one table; a
+row sees shapes only, so the same row prices the network before a cut, under a cut, and after surgery.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def _einsum(equation: str, operands: str) -> Macs:
             spelled.append(set(dims))
         batch = {letter for letter in sizes if letter.startswith("<")}
         joined = left.replace(",", "").replace(".", "")
-        result = (set(right.replace("...", "")) | (batch if "..." in right else set())) if arrow else {c for c in joined if joined.count(c) == 1} | batch
+        result = set(right.replace("...", "")) if arrow else {c for c in joined if joined.count(c) == 1}
+        if not arrow or "..." in right:
+            result |= batch
         total, present = 0, spelled[0]
         for i, term in enumerate(spelled[1:], 1):
             later = set().union(result, *spelled[i + 1 :])
@@ -277,7 +279,7 @@ class CostModel:
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        self._sizes: dict[tuple, _Size] = {}
+        self._sizes: dict[tuple, SizeOf] = {}
         terms = []
         for node in analysis.program.walk():
             if node.op in MACS:
@@ -287,8 +289,8 @@ class CostModel:
                 terms.append(_Term(None, value, self._shapes([value], None)))
         self._terms = terms
 
-    def _shapes(self, values: Sequence[Value], node: Node | None) -> dict[Value, tuple[_Size | int, ...]]:
-        found: dict[Value, tuple[_Size | int, ...]] = {}
+    def _shapes(self, values: Sequence[Value], node: Node | None) -> dict[Value, tuple[SizeOf | int, ...]]:
+        found: dict[Value, tuple[SizeOf | int, ...]] = {}
         for value in values:
             dims = self.analysis.axes(value, node)
             if dims is None:
@@ -297,10 +299,10 @@ class CostModel:
             found[value] = tuple(self._size(dim) for dim in dims)
         return found
 
-    def _size(self, axis: Axis) -> _Size | int:
+    def _size(self, axis: Axis) -> SizeOf | int:
         key = axis_key(axis)
         if key not in self._sizes:
-            self._sizes[key] = _Size.of(axis)
+            self._sizes[key] = SizeOf.of(axis)
         size = self._sizes[key]
         return size if size.atoms else size.constant
 
@@ -327,16 +329,16 @@ class CostModel:
 
 
 @dataclass(frozen=True, eq=False)
-class _Size:
+class SizeOf:
     """The size of an axis as a polynomial: constant * product of counts * product of sums."""
 
     constant: int
     factors: tuple[Factor, ...]
-    sums: tuple[tuple[_Size, ...], ...]
+    sums: tuple[tuple[SizeOf, ...], ...]
     atoms: frozenset[Factor]
 
     @classmethod
-    def of(cls, axis: Axis) -> _Size:
+    def of(cls, axis: Axis) -> SizeOf:
         constant, factors, sums = 1, [], []
         for factor in ax.normal(axis):
             if factor.total is not None:
@@ -366,9 +368,9 @@ class _Term:
 
     __slots__ = ("atoms", "dense", "node", "shapes", "weight")
 
-    def __init__(self, node: Node | None, weight: Value | None, shapes: dict[Value, tuple[_Size | int, ...]]) -> None:
+    def __init__(self, node: Node | None, weight: Value | None, shapes: dict[Value, tuple[SizeOf | int, ...]]) -> None:
         self.node, self.weight, self.shapes = node, weight, shapes
-        self.atoms = frozenset().union(*(size.atoms for sizes in shapes.values() for size in sizes if isinstance(size, _Size)))
+        self.atoms = frozenset().union(*(size.atoms for sizes in shapes.values() for size in sizes if isinstance(size, SizeOf)))
         self.dense: Cost | None = None
         if not self.atoms:
             self.dense = self.cost({})

@@ -25,8 +25,10 @@ costs
 calibration importance plan
 surgery.cut
 allocation
+planning
 surgery repair
 verify
+surgery.write_back
 pass_manager
 passes
 recipes

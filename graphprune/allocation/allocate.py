@@ -1,0 +1,307 @@
+"""From scores to the units that go: one ranking, a ratio or budgets, exact costs.
+
+Every unit has a *turn* in (0, 1]: its rank among the units that it competes with, from the one that goes first to the one that goes last.
+The scope says who competes: the units of one group (local), of all groups of one structure (isomorphic), or all (global). A ratio removes
+every unit whose turn is not beyond it; a budget removes units by turn until the costs are met, then gives back, best units first, whatever
+the budget still has room for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from graphprune.analysis import Analysis
+from graphprune.branches import Branch
+from graphprune.costs import Cost, CostModel, SizeOf
+from graphprune.errors import BudgetNotMet, InvalidInput
+from graphprune.units import Group
+
+log = logging.getLogger("graphprune")
+
+_SLACK = 1e-9
+
+
+# ---- who competes
+
+
+class Scope(Protocol):
+    """Says among which units a unit is ranked, and by what."""
+
+    def rivals(self, group: Group) -> Any:
+        """A key: groups of equal key compete."""
+
+    def worth(self, group: Group, scores: np.ndarray, unit_cost: Callable[[Group], Cost]) -> np.ndarray:
+        """What is ranked."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Every group loses the same fraction."""
+
+    def rivals(self, group: Group) -> Any:
+        return group.name
+
+    def worth(self, group: Group, scores: np.ndarray, unit_cost: Callable[[Group], Cost]) -> np.ndarray:
+        return scores
+
+
+@dataclass(frozen=True)
+class Global:
+    """One threshold over all groups.
+
+    Args:
+        per: "params", "macs" or "memory_mb" ranks by score per unit of that cost, so that expensive units go first; None by score alone.
+    """
+
+    per: str | None = None
+
+    def rivals(self, group: Group) -> Any:
+        return "all"
+
+    def worth(self, group: Group, scores: np.ndarray, unit_cost: Callable[[Group], Cost]) -> np.ndarray:
+        if self.per is None:
+            return scores
+        return scores / max(float(_measure(self.per)(unit_cost(group))), 1e-12)
+
+
+@dataclass(frozen=True)
+class Isomorphic:
+    """Groups of the same structure compete (Fang et al. 2024, arXiv 2407.04616).
+
+    Equal structure: equal kinds, and members in equal roles, read by equal ops. Widths do not matter.
+    """
+
+    def rivals(self, group: Group) -> Any:
+        return group.kind, tuple(sorted((m.role.value, m.axis, *sorted({n.op_type for n in m.value.uses})) for m in group.members))
+
+    def worth(self, group: Group, scores: np.ndarray, unit_cost: Callable[[Group], Cost]) -> np.ndarray:
+        return scores
+
+
+SCOPES: dict[str, Scope] = {"local": Local(), "global": Global(), "isomorphic": Isomorphic()}
+
+
+def scope_of(given: Any) -> Scope:
+    """A scope by name, or one of the user's.
+
+    Raises:
+        InvalidInput: no scope has this name.
+    """
+    if isinstance(given, str):
+        if given not in SCOPES:
+            raise InvalidInput(f"scope {given!r} is not known; known are {', '.join(SCOPES)}")
+        return SCOPES[given]
+    if not (hasattr(given, "rivals") and hasattr(given, "worth")):
+        raise InvalidInput(f"scope is one of {', '.join(SCOPES)} or an object with rivals() and worth(), found {type(given).__name__}")
+    return given
+
+
+# ---- budgets
+
+BUDGETS: dict[str, Callable[[Cost], float]] = {
+    "params": lambda cost: cost.params,
+    "macs": lambda cost: cost.macs,
+    "memory_mb": lambda cost: cost.memory_mb,
+}
+
+
+def _measure(name: str) -> Callable[[Cost], float]:
+    if name not in BUDGETS:
+        raise InvalidInput(f"no budget is named {name!r}; known are {', '.join(BUDGETS)}")
+    return BUDGETS[name]
+
+
+def limits_of(budget: Mapping[str, Any], dense: Cost) -> dict[str, float]:
+    """What may be kept, in absolute numbers.
+
+    "60%" is a fraction, and so is a number up to 1 for params and macs; `memory_mb` counts 10**6 bytes.
+
+    Raises:
+        InvalidInput: an unknown name, or a value that is no amount.
+    """
+    if not isinstance(budget, Mapping) or not budget:
+        raise InvalidInput(f'budget says what is kept, as in {{"params": "60%", "macs": 2e9}}, found {budget!r}')
+    found: dict[str, float] = {}
+    for name, value in budget.items():
+        total = _measure(name)(dense)
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            raise InvalidInput(f"budget {name}={value!r} is not an amount; write a fraction such as '60%' or a number") from None
+        if not 0 < number < float("inf") or (text.endswith("%") and number > 100):
+            raise InvalidInput(f"budget {name}={value!r} must be more than zero" + (" and at most 100%" if text.endswith("%") else ""))
+        if text.endswith("%"):
+            found[name] = total * number / 100
+        else:
+            found[name] = total * number if number <= 1 and name in ("params", "macs") else number
+    return found
+
+
+# ---- allocation
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A group that may be cut: how many units may go, and which fraction of its rivals."""
+
+    group: Group
+    scores: np.ndarray  # (size,) float32
+    removals: Sequence[int]  # allowed numbers of removed units, ascending
+    ratio: float | None  # turns up to this go, without a budget
+
+
+def allocate(
+    analysis: Analysis, candidates: Sequence[Candidate], scope: Scope, budget: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Units to remove, by group name, sorted; groups that stay whole are left out. Equal scores go in the order of groups and units.
+
+    Raises:
+        BudgetNotMet: the smallest network that the candidates allow costs more.
+    """
+    model = CostModel(analysis)
+    orders = [np.argsort(c.scores, kind="stable") for c in candidates]
+    turns = _turns(candidates, scope, _unit_cost(model))
+    steps = [
+        (float(turns[i][order[count - 1]]), i, count)
+        for i, (c, order) in enumerate(zip(candidates, orders))
+        for count in c.removals
+    ]
+    if budget is None:
+        steps = [s for s in steps if s[0] <= (candidates[s[1]].ratio or 0.0) + _SLACK]
+    steps = _possible(analysis, candidates, sorted(steps))
+    if budget is None:
+        counts = _counts(candidates, steps)
+    else:
+        counts = _within(model, candidates, steps, limits_of(budget, model.cost({})))
+    return {c.group.name: np.sort(order[:count]) for c, order, count in zip(candidates, orders, counts) if count}
+
+
+def _unit_cost(model: CostModel) -> Callable[[Group], Cost]:
+    def price(group: Group) -> Cost:
+        if isinstance(group.atom, Branch):
+            return model.cost({}) - model.cost({group.atom: 0})
+        return model.part(group.atom, {}) - model.part(group.atom, {group.atom: group.size - 1})
+
+    return price
+
+
+def _turns(candidates: Sequence[Candidate], scope: Scope, unit_cost: Callable[[Group], Cost]) -> list[np.ndarray]:
+    """Per candidate (size,): rank among rivals over their number.
+
+    Branches compete with branches in every scope: their scores cannot be compared with those of slices.
+    """
+    classes: dict[Any, list[int]] = {}
+    for i, c in enumerate(candidates):
+        classes.setdefault("layer" if c.group.kind == "layer" else scope.rivals(c.group), []).append(i)
+    out: list[np.ndarray] = [np.empty(0)] * len(candidates)
+    for members in classes.values():
+        worth = np.concatenate([scope.worth(candidates[i].group, candidates[i].scores, unit_cost) for i in members])
+        turn = np.empty(len(worth))
+        turn[np.argsort(worth, kind="stable")] = np.arange(1, len(worth) + 1) / len(worth)
+        ends = np.cumsum([candidates[i].group.size for i in members])
+        for i, part in zip(members, np.split(turn, ends[:-1])):
+            out[i] = part
+    return out
+
+
+Step = tuple[float, int, int]  # turn of the last unit to go, candidate, number of units gone after it
+
+
+def _possible(analysis: Analysis, candidates: Sequence[Candidate], steps: list[Step]) -> list[Step]:
+    """Steps, taken in order, that leave every top-k enough to choose from and one branch in place."""
+    limits: dict[Any, list[tuple[SizeOf, int]]] = {}
+    for axis, least, _ in analysis.engine.limits:
+        length = SizeOf.of(axis)
+        for factor in length.atoms:
+            limits.setdefault(factor, []).append((length, least))
+    kept: dict[Any, int] = {}
+    blocked: set[int] = set()
+    found: list[Step] = []
+    branches = sum(isinstance(c.group.atom, Branch) for c in candidates)
+    for step in steps:
+        _, i, count = step
+        atom, size = candidates[i].group.atom, candidates[i].group.size
+        if i in blocked:
+            continue
+        before = kept.get(atom, size)
+        kept[atom] = size - count
+        if isinstance(atom, Branch):
+            branches -= 1
+        if any(limit.at(kept) < least for limit, least in limits.get(atom, ())) or (isinstance(atom, Branch) and branches == 0):
+            kept[atom] = before
+            blocked.add(i)
+        else:
+            found.append(step)
+    return found
+
+
+def _counts(candidates: Sequence[Candidate], steps: Sequence[Step]) -> list[int]:
+    counts = [0] * len(candidates)
+    for _, i, count in steps:
+        counts[i] = max(counts[i], count)
+    return counts
+
+
+def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> list[int]:
+    """Numbers of removed units under which every limit holds, and would not hold with any one step less."""
+
+    def kept(counts: Sequence[int]) -> dict[Any, int]:
+        return {c.group.atom: c.group.size - count for c, count in zip(candidates, counts) if count}
+
+    def met(cost: Cost) -> bool:
+        return all(BUDGETS[name](cost) <= limit * (1 + 1e-12) for name, limit in limits.items())
+
+    dense = model.cost({})
+    if met(dense):
+        log.warning("the budget is met by the network as it is; nothing is removed")
+        return [0] * len(candidates)
+    smallest = model.cost(kept(_counts(candidates, steps)))
+    if not met(smallest):
+        worst = "; ".join(
+            f"{name} {_amount(limit)} of {_amount(BUDGETS[name](dense))} was asked for, {_amount(BUDGETS[name](smallest))} is the smallest "
+            "that units, ratio, round_to, min_keep and ignore allow"
+            for name, limit in limits.items()
+            if BUDGETS[name](smallest) > limit
+        )
+        raise BudgetNotMet(f"the budget cannot be met: {worst}")
+    low, high = 0, len(steps)  # steps[:high] meets the budget, steps[:low] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if met(model.cost(kept(_counts(candidates, steps[:middle])))):
+            high = middle
+        else:
+            low = middle
+    taken = list(steps[:high])
+    counts = _counts(candidates, taken)
+    bypassing = any(isinstance(c.group.atom, Branch) for c, count in zip(candidates, counts) if count)
+    cost = model.cost(kept(counts))
+    earlier: dict[tuple[int, int], int] = {}  # (candidate, count) -> count one step before
+    last = [0] * len(candidates)
+    for _, i, count in taken:
+        earlier[i, count] = last[i]
+        last[i] = count
+    stuck: set[int] = set()  # costs are sums of products of sizes: what does not fit now will not fit once more has come back
+    for _, i, count in reversed(taken):
+        if i in stuck:
+            continue
+        atom = candidates[i].group.atom
+        before = kept(counts)
+        counts[i] = earlier[i, count]
+        after = kept(counts)
+        changed = model.cost(after) if bypassing else cost - model.part(atom, before) + model.part(atom, after)
+        if met(changed):
+            cost = changed
+        else:
+            counts[i] = count
+            stuck.add(i)
+    return counts
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,163 @@
+"""Importance x allocation x budgets -> `Plan`: the glue between scores, constraints and the decision."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from graphprune.allocation import Candidate, Local, Selection, allocate, one_per_product, removals, rounding, scope_of
+from graphprune.analysis import Analysis
+from graphprune.calibration import Statistics
+from graphprune.errors import InvalidInput, NothingToPrune
+from graphprune.importance import importance_of, scores_of
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.surgery.cut import Cut
+from graphprune.units import DEFAULT_UNITS, UNITS, Group
+
+log = logging.getLogger("graphprune")
+
+DEFAULT_RATIO = 0.25
+NOT_CUT_YET = {"token": "token axes are found, but cutting them is not implemented yet", "kv": "the key-value cache cannot be cut yet"}
+
+
+def make_plan(
+    program: Program,
+    *,
+    pruning_ratio: float | Mapping[str, float] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    units: Sequence[str] = DEFAULT_UNITS,
+    importance: Any = "magnitude",
+    scope: Any = "local",
+    ignore: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    round_to: int | str = "auto",
+    min_keep: int = 1,
+    repair: Sequence[str] = (),
+    calibration_data: Any = None,
+    loss: Callable[..., Any] | None = None,
+    remove: Mapping[str, Iterable[int]] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decide which units go.
+
+    Args:
+        pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`, where the last pattern that matches counts, "*"
+            stands for all others and a group that no pattern matches stays whole. In [0, 1); rounding keeps more, never less.
+        budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
+            the ratio is the most that any group loses.
+        units: kinds that may go. Of groups that multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
+        importance: a name of `IMPORTANCES`, an `Importance`, or a callable `group -> scores`.
+        scope: "local", "global", "isomorphic", or a scope object such as `Global(per="macs")`.
+        ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`.
+        remove: explicit units by group name; then nothing else decides.
+        loss: `loss(output)` or `loss(output, batch)`, for gradient scores.
+
+    Raises:
+        InvalidInput: an argument is not what it must be.
+        NothingToPrune: no group is left to cut.
+        BudgetNotMet: the budget asks for less than the constraints allow.
+    """
+    analysis = program.analysis
+    if remove is not None:
+        Cut(analysis, remove)
+        return Plan.of(program, remove, repair)
+    if pruning_ratio is None and budget is None:
+        pruning_ratio = DEFAULT_RATIO
+        notice = "no pruning_ratio or budget is given: %d%% of every group go, by %s; quality is not measured"
+        log.warning(notice, 100 * DEFAULT_RATIO, importance)
+    kinds = _kinds(units)
+    if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 1:
+        raise InvalidInput(f"min_keep is a number of units, at least 1, found {min_keep!r}")
+    criterion, rivals = importance_of(importance), scope_of(scope)
+    selection = Selection(analysis)
+    ratios = _ratios(selection, analysis.groups, pruning_ratio)
+    left_out = selection.touched(ignore)
+    wanted = selection.produced(targets) if targets else None
+    capped = budget is not None or isinstance(rivals, Local)  # elsewhere the ratio is that of all rivals together
+    steps: dict[str, list[int]] = {}
+    for group in analysis.groups:
+        if group.kind in kinds and group.name not in left_out and (wanted is None or group.name in wanted):
+            ratio = ratios[group.name]
+            if ratio is None or ratio > 0:
+                steps[group.name] = removals(group, rounding(group, round_to), min_keep, ratio if capped else None)
+    allowed = one_per_product(analysis, [g for g in analysis.groups if steps.get(g.name)])
+    statistics = Statistics(program, calibration_data, loss, seed)
+    candidates = [Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name]) for g in allowed]
+    asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
+    if not candidates and not asks_for_nothing:
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
+    removed = allocate(analysis, candidates, rivals, budget)
+    if not removed and budget is None and not asks_for_nothing:
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
+    plan = Plan.of(program, removed, repair, _settings(locals()))
+    Cut(analysis, plan.removed)  # states the constraints a second time, by its own code
+    log.debug("%s", plan)
+    return plan
+
+
+def _kinds(units: Sequence[str]) -> set[str]:
+    names = (units,) if isinstance(units, str) else tuple(units)
+    for name in names:
+        if name in NOT_CUT_YET:
+            raise InvalidInput(f"units={name!r}: {NOT_CUT_YET[name]}")
+        if name not in UNITS:
+            raise InvalidInput(f"units holds {name!r}; known kinds are {', '.join(u for u in UNITS if u not in NOT_CUT_YET)}")
+    if not names:
+        raise InvalidInput(f"units is empty; choose among {', '.join(u for u in UNITS if u not in NOT_CUT_YET)}")
+    return set(names)
+
+
+def _ratios(selection: Selection, groups: Sequence[Group], given: float | Mapping[str, float] | None) -> dict[str, float | None]:
+    """Fraction that goes, by group name; None where only a budget says."""
+    rows: dict[str, float | None] = dict(given) if isinstance(given, Mapping) else {"*": given}
+    for pattern, ratio in rows.items():
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1):
+            whose = "" if pattern == "*" else f" of {pattern!r}"
+            raise InvalidInput(f"pruning_ratio{whose} is the fraction that goes, at least 0 and less than 1, found {ratio!r}")
+    out: dict[str, float | None] = dict.fromkeys((g.name for g in groups), rows.get("*", 0.0))
+    for pattern, ratio in rows.items():
+        if pattern != "*":
+            out.update(dict.fromkeys(selection.produced((pattern,)), ratio))
+    return out
+
+
+def _why(analysis: Analysis, kinds: set[str], left_out: set[str], wanted: set[str] | None, steps: Mapping[str, list[int]]) -> str:
+    """Why nothing can go: what the filters left, and what froze the rest."""
+    groups = analysis.groups
+    parts = []
+    if groups:
+        found = Counter(g.kind for g in groups)
+        parts.append("groups found: " + ", ".join(f"{n} {kind}" for kind, n in found.most_common()))
+        of_kind = [g for g in groups if g.kind in kinds]
+        if not of_kind:
+            parts.append(f"none is of the kinds in units ({', '.join(sorted(kinds))})")
+        elif all(g.name in left_out for g in of_kind):
+            parts.append("ignore covers all that units allows")
+        elif wanted is not None and not any(g.name in wanted and g.name not in left_out for g in of_kind):
+            parts.append("targets names none that units allows")
+        elif steps:
+            parts.append("ratio, round_to and min_keep leave no unit to remove in any of them")
+    else:
+        frozen = Counter(why.reason.value for _, _, why in analysis.frozen_axes())
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in frozen.most_common(3))
+        parts.append(f"{sum(frozen.values())} weight axes are frozen" + (f": {reasons}" if reasons else ""))
+    return "nothing can be pruned: " + "; ".join(parts)
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How the plan was made, as JSON can hold it."""
+    names = ("pruning_ratio", "budget", "units", "importance", "scope", "ignore", "targets", "round_to", "min_keep", "seed")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [plain(v) for v in value]
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        return getattr(value, "__name__", None) or type(value).__name__
+
+    return {name: plain(arguments[name]) for name in names}
