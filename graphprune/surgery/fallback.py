@@ -1,0 +1,267 @@
+"""An edited graph as a module: where attributes cannot express a cut, the module (or the whole network) runs the graph instead of its own Python code.
+
+It keeps the sub-modules, parameters and buffers of the module whose place it takes, under their names. The export was made in evaluation mode; here every dropout and batch norm
+follows the `training` flag of the module it came from.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.analysis import analyze
+from graphprune.capture.torch_export import TorchSource, capture_torch
+from graphprune.errors import GraphPruneError, InvalidInput
+from graphprune.program import Kind, Node, Program
+from graphprune.surgery.attributes import scope_of
+from graphprune.surgery.cut import Cut
+from graphprune.surgery.torch_graph import apply_cut
+
+_TRAINING_ARGUMENT = {"batch_norm": "training", "instance_norm": "use_input_stats", **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), "train"), "rrelu": "training"}
+
+
+class EditedGraph(nn.Module):
+    """Runs an edited graph with the weights of `shell`, a module of the same parameter names.
+
+    Args:
+        shell: the module whose place this takes; its sub-modules and weights become this module's.
+        pruned: the edited program; it was captured from a module of the same structure.
+    """
+
+    def __init__(self, shell: nn.Module, pruned: Program) -> None:
+        super().__init__()
+        source: TorchSource = pruned.source
+        self._modules, self._parameters, self._buffers = shell._modules, shell._parameters, shell._buffers
+        self._non_persistent_buffers_set = set(shell._non_persistent_buffers_set)
+        self.training = shell.training
+        for name in ("config", "generation_config", "main_input_name"):
+            if hasattr(shell, name):
+                setattr(self, name, getattr(shell, name))
+        self.original = type(shell).__name__
+        self._signature = _signature(shell)
+        self._names, captured = _arranged(self._signature, source.args, source.kwargs)
+        self._captured, self._in_spec = pytree.tree_flatten(captured)
+        self._captured = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self._captured]
+        self._out_spec = source.graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+        self._graph = self._owned(source.graph_module, pruned)
+        self._compile()
+
+    def _owned(self, graph_module: fx.GraphModule, pruned: Program) -> fx.Graph:
+        """The graph with this module as owner: constants become buffers that are not saved, mode flags are read when it runs."""
+        programmed = {node.source: node for node in pruned.nodes}
+        modules = dict(self.named_modules(remove_duplicate=False))
+        graph, env, constants = fx.Graph(), {}, {}
+        for old in graph_module.graph.nodes:
+            if old.op == "call_function" and getattr(old.target, "__name__", "").startswith(("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range")):
+                continue  # about sizes before the cut
+            new = env[old] = graph.node_copy(old, lambda n: env[n])
+            new.meta = {}
+            if old.op == "get_attr":
+                new.target = constants.get(old.target) or self._adopt(graph_module, str(old.target), len(constants))
+                if new.target != old.target:
+                    constants[old.target] = new.target
+            elif old in programmed:
+                self._follow_mode(graph, new, programmed[old], modules)
+        graph.set_codegen(fx.graph.CodeGen())
+        return graph
+
+    def _adopt(self, graph_module: fx.GraphModule, name: str, count: int) -> str:
+        found: Any = graph_module
+        for part in name.split("."):
+            found = getattr(found, part)
+        mine: Any = self
+        for part in name.split("."):
+            mine = getattr(mine, part, None)
+        if isinstance(mine, torch.Tensor) and isinstance(found, torch.Tensor) and mine.shape == found.shape and not name.startswith(("_kept_", "lifted_tensor", "_lifted")):
+            return name
+        fresh = f"_constant_{count}"
+        if isinstance(found, torch.Tensor):
+            self.register_buffer(fresh, found, persistent=False)
+        else:
+            setattr(self, fresh, found)
+        return fresh
+
+    def _follow_mode(self, graph: fx.Graph, new: fx.Node, node: Node, modules: Mapping[str, nn.Module]) -> None:
+        path = next((p for p in (scope_of(node),) if p in modules), "")
+        flag = f"{path}.training" if path else "training"
+        argument = _TRAINING_ARGUMENT.get(node.op_type)
+        if argument in node.args and not (node.op_type == "batch_norm" and node["running_mean"] is None):
+            with graph.inserting_before(new):
+                _set(new, argument, graph.get_attr(flag))
+        elif node.op_type == "scaled_dot_product_attention" and not node["dropout_p"]:
+            p = next((v for k, v in vars(modules[path]).items() if "drop" in k and isinstance(v, float) and 0 < v < 1), 0.0)
+            if p:  # functional: the export in evaluation mode wrote 0
+                setattr(self, name := f"_dropout_{sum(k.startswith('_dropout_') for k in vars(self))}", p)
+                with graph.inserting_before(new):
+                    _set(new, "dropout_p", graph.call_function(_when, (graph.get_attr(flag), graph.get_attr(name))))
+
+    def _compile(self) -> None:
+        with _quiet():
+            code = self._graph.python_code("self")
+        scope: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, f"<edited graph of {self.original}>", "exec"), scope)
+        self.__dict__["_run"] = scope["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the original module takes, as far as it was captured."""
+        names, values = _arranged(self._signature, args, kwargs)
+        given = dict(zip(names, values))
+        extra = [n for n, v in given.items() if n not in self._names and v is not None and not _is_default(self._signature, n, v)]
+        if extra:
+            raise InvalidInput(f"the graph of {self.original} was captured without the argument {extra[0]!r}; capture it with an example of it")
+        wanted = [given.get(n, _default(self._signature, n)) for n in self._names]
+        leaves, spec = pytree.tree_flatten(wanted)
+        if spec != self._in_spec or any(isinstance(a, torch.Tensor) is not (b is None) and a is not None for a, b in zip(leaves, self._captured)):
+            raise InvalidInput(f"the graph of {self.original} was captured with the arguments {', '.join(self._names)} nested as {self._in_spec}, found {spec}")
+        if self.training:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.num_batches_tracked is not None:
+                    module.num_batches_tracked.add_(1)
+        return pytree.tree_unflatten(self._run(self, *leaves), self._out_spec)
+
+    def extra_repr(self) -> str:
+        return f"edited graph of {self.original}, {len(self._graph.nodes)} nodes"
+
+
+def _when(training: bool, p: float) -> float:
+    return p if training else 0.0
+
+
+def _quiet() -> Any:
+    import warnings
+
+    guard = warnings.catch_warnings()
+    warnings.simplefilter("ignore")
+    return guard
+
+
+def _set(fx_node: fx.Node, name: str, value: Any) -> None:
+    from graphprune.surgery.torch_graph import _set_argument
+
+    _set_argument(fx_node, name, value)
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    signature = inspect.signature(module.forward)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return inspect.Signature(plain)
+
+
+def _arranged(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    """Names and values of a call, positional ones first, in the order given."""
+    names: list[str] = []
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for i in range(len(args)):
+        names.append(positional[i].name if i < len(positional) else f"*{i - len(positional)}")
+    return names + list(kwargs), [*args, *kwargs.values()]
+
+
+def _default(signature: inspect.Signature, name: str) -> Any:
+    parameter = signature.parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _is_default(signature: inspect.Signature, name: str, value: Any) -> bool:
+    default = _default(signature, name)
+    return value is default or (isinstance(value, (bool, int, str, float)) and value == default) or (name == "return_dict" and value is True)
+
+
+# ---- graphs that take any batch size
+
+
+def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program) -> tuple[EditedGraph, str]:
+    """The whole network as its edited graph, with a free batch size if the network allows that; and a word about shapes."""
+    source: TorchSource = program.source
+    try:
+        other = recaptured(source.module, source.args, source.kwargs)
+        return EditedGraph(shell, apply_cut(other, transferred(program, cut, other))), "any batch size"
+    except (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError):
+        return EditedGraph(shell, pruned), "input shapes as captured"
+
+
+def edited_submodule(original: nn.Module, path: str, args: tuple, kwargs: Mapping[str, Any], shell: nn.Module, program: Program, cut: Cut) -> EditedGraph:
+    """One sub-module as its own edited graph.
+
+    Args:
+        original: the sub-module before the cut; `args` and `kwargs` are a call of it.
+        shell: the same sub-module of the pruned network.
+
+    Raises:
+        GraphPruneError: it does not export, or its own graph does not contain the cut.
+    """
+    other = recaptured(original, args, kwargs)
+    return EditedGraph(shell, apply_cut(other, transferred(program, cut, other, f"{path}." if path else "")))
+
+
+def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    """Captured again, with the leading axis of every tensor left open if the module allows it; for integer inputs the second axis too."""
+    signature = _signature(module)
+    names, values = _arranged(signature, args, kwargs)
+    if any(n.startswith("*") for n in names):
+        return capture_torch(module, args, kwargs)
+
+    def free(wanted: Any) -> Any:
+        def spec(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return None
+            axes = [0, 1] if wanted == 2 and leaf.dim() == 2 and not leaf.is_floating_point() else [0]
+            return {axis: torch.export.Dim.AUTO for axis in axes if axis < leaf.dim() and leaf.shape[axis] > 1} or None
+
+        specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
+        extra = {n: s for n, s in specs.items() if n not in signature.parameters}
+        packed = {n: s for n, s in specs.items() if n in signature.parameters}
+        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        return {**packed, **({keywords: extra} if extra and keywords else {})}
+
+    tokens = any(isinstance(v, torch.Tensor) and v.dim() == 2 and not v.is_floating_point() for v in values)
+    for wanted in (2, 1) if tokens else (1,):
+        try:
+            return capture_torch(module, args, kwargs, free(wanted))
+        except GraphPruneError:
+            continue
+    return capture_torch(module, args, kwargs)
+
+
+def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") -> Cut:
+    """The same cut on another capture of the network, or of one of its sub-modules.
+
+    Raises:
+        InvalidInput: the other graph has no groups that cut its weights in the same way.
+    """
+    other.__dict__["analysis"] = analyze(other, free_border=True)
+
+    def kept(name: str, axis: int) -> np.ndarray | None:
+        value = program.weights.get(program.aliases.get(prefix + name, prefix + name))
+        dims = cut.analysis.axes(value) if value is not None else None
+        return cut.mask(dims[axis]) if dims else None
+
+    removed: dict[str, np.ndarray] = {}
+    for group in other.groups:
+        for member in group.members:
+            mask = kept(member.tensor, member.axis) if member.value.kind in (Kind.PARAMETER, Kind.BUFFER) else None
+            if mask is None:
+                continue
+            gone = np.flatnonzero(~mask[member.index].any(axis=1))
+            if len(gone):
+                removed[group.name] = gone
+            break
+    new = Cut(other.analysis, removed)
+    for name, value in other.weights.items():
+        for axis in range(len(value.shape or ())):
+            ours, theirs = new.keep(value, axis), kept(name, axis)
+            if (ours is None) != (theirs is None) or (ours is not None and theirs is not None and not np.array_equal(ours, np.flatnonzero(theirs))):
+                raise InvalidInput(f"the graph of the sub-module cuts axis {axis} of {name!r} in another way than the whole graph")
+    return new

@@ -1,0 +1,320 @@
+"""From the edited graph back to the user's own module.
+
+In this order: weights by name and the attributes of torch's own layers; integers that hold an old size (`attributes`); modules that take another's place (`substitutes`); a module that runs its own piece of the
+edited graph (`fallback`). Each step is decided by running the module against the edited graph, layer by layer: the first layer that computes something else names the module to look at. Where nothing helps, the
+result is the edited graph itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import GraphPruneError
+from graphprune.program import Program
+from graphprune.surgery.attributes import Choice, Sizes, known, layer_edits, scope_of
+from graphprune.surgery.cut import Cut
+from graphprune.surgery.edits import Edit, Workspace, apply_edits, set_tensors
+from graphprune.surgery.fallback import EditedGraph, edited_graph, edited_submodule
+from graphprune.surgery.substitutes import substitute_for
+from graphprune.verify.module import Failure, Reference
+
+log = logging.getLogger("graphprune")
+
+MAX_RUNS = 60  # forward runs of the search
+MAX_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class WriteBack:
+    """The pruned network as a module, and how it came about."""
+
+    module: nn.Module
+    how: str  # "module" | "graph"
+    notes: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()  # attributes that were changed
+    substitutes: Mapping[str, str] = field(default_factory=dict)  # path -> "table" | "graph": modules that another took the place of
+
+
+def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = False) -> WriteBack:
+    """The user's module with the cut made in it, or the edited graph as a module where that cannot be done.
+
+    Args:
+        program: the captured network; its module is copied, sharing every tensor that is not cut.
+        cut: what is removed.
+        pruned: the edited program, `apply_cut(program, cut)`.
+        inplace: make the changes in the user's module, all of them or none. (An edited graph is always a module of its own.)
+    """
+    original: nn.Module = program.source.module
+    if not cut.removed:
+        return WriteBack(original if inplace else copied(original, {}), "module")
+    replacements = named_replacements(program, pruned)
+    search = _Search(program, cut, pruned, replacements)
+    result = search.result()
+    if result.how == "graph":
+        notes = (*result.notes, "the module given was left as it was") if inplace else result.notes
+        return WriteBack(result.module, "graph", notes, (), {})
+    if inplace:
+        _transplant(original, result, replacements)
+        return WriteBack(original, "module", result.notes, result.edits, result.substitutes)
+    return result
+
+
+def named_replacements(program: Program, pruned: Program) -> dict[str, torch.Tensor]:
+    """Every name of a weight that was cut -> its new tensor, names of tied weights included."""
+    new = {name: pruned.weights[name].tensor for name, value in program.weights.items() if name in pruned.weights and pruned.weights[name].tensor is not value.tensor}
+    named = dict(itertools.chain(program.source.module.named_parameters(remove_duplicate=False), program.source.module.named_buffers(remove_duplicate=False)))
+    by_id: dict[int, torch.Tensor] = {id(named[n]): t for n, t in new.items() if n in named}  # type: ignore[misc]
+    for alias, name in program.aliases.items():
+        if alias in named and name in new:
+            by_id[id(named[alias])] = new[name]  # type: ignore[assignment]
+    return {name: by_id[id(tensor)] for name, tensor in named.items() if id(tensor) in by_id}
+
+
+def copied(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy with some weights replaced wherever they are referred to; all other tensors are shared."""
+    memo: dict[int, Any] = {}
+    for name, tensor in itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        memo[id(tensor)] = replacements.get(name, tensor)
+    for part in module.modules():
+        for held in vars(part).values():
+            if isinstance(held, torch.Tensor):
+                memo.setdefault(id(held), held)
+    return copy.deepcopy(module, memo)
+
+
+class _Search:
+    """Edits a copy until it computes what the edited graph computes, within a bounded number of runs."""
+
+    def __init__(self, program: Program, cut: Cut, pruned: Program, replacements: Mapping[str, torch.Tensor]) -> None:
+        self.program, self.cut, self.pruned = program, cut, pruned
+        self.replacements = replacements
+        self.notes: list[str] = []
+        self.substitutes: dict[str, str] = {}
+        self.runs, self.deadline = 0, time.monotonic() + MAX_SECONDS
+
+    def result(self) -> WriteBack:
+        try:
+            self.module = copied(self.program.source.module, self.replacements)
+        except Exception as error:  # anything that a user's __deepcopy__ raises
+            return self._graph(f"the module cannot be copied: {type(error).__name__}: {error}")
+        keeps: dict[str, Mapping[int, np.ndarray]] = {value.name: axes for value, axes in self.cut.weights.items()}
+        self.workspace = Workspace(self.module)
+        self.layer_edits = list(layer_edits(self.module, self.pruned, keeps))
+        for edit in self.layer_edits:
+            self.workspace.set(edit.path, edit.attribute, edit.new)
+        self.choices = list(Sizes(self.program, self.cut).choices(self.module))
+        self.computing = {scope_of(node) for node in self.program.walk() if self.cut.touches(node)} - {""}  # modules whose own code meets the cut
+        for choice in self.choices:
+            self._set(choice)
+        self._table_substitutes()
+        try:
+            self.reference = Reference(self.program, self.pruned)
+        except Exception as error:
+            return self._graph(f"the edited graph does not run on the example inputs: {type(error).__name__}: {error}")
+        failure = self._run()
+        while failure is not None:
+            better = self._improved(failure)
+            if better is failure:
+                return self._graph(self._blame(failure))
+            failure = better
+        trouble = self.reference.training_failure(self.module)
+        if trouble:
+            return self._graph(trouble)
+        trouble = self.reference.decoding_failure(self.module)
+        if trouble:
+            self.notes.append(f"{trouble}; generate() needs use_cache=False")
+            self._switch_cache_off()
+        return WriteBack(self.module, "module", tuple(self.notes), self._edits(), dict(self.substitutes))
+
+    def _edits(self) -> tuple[Edit, ...]:
+        graphs = [path for path, kind in self.substitutes.items() if kind == "graph"]
+        chosen = [c.edit for c in self.choices if c.edit.new != c.edit.old]
+        return tuple(e for e in (*self.layer_edits, *chosen) if e.path not in graphs)
+
+    def _set(self, choice: Choice) -> None:
+        edit = choice.edit
+        current = self.workspace.module(choice.path)
+        if edit.new != edit.old or choice.taken or hasattr(current, edit.attribute.split(".")[0]):
+            self.workspace.set(edit.path, edit.attribute, edit.new)
+
+    def _run(self) -> Failure | None:
+        self.runs += 1
+        return self.reference.failure(self.module)
+
+    @property
+    def _exhausted(self) -> bool:
+        return self.runs >= MAX_RUNS or time.monotonic() > self.deadline
+
+    def _table_substitutes(self) -> None:
+        weights = {name.rpartition(".")[0] for name in self.replacements}
+        for path, module in list(self.module.named_modules()):
+            if path in weights and (new := substitute_for(module)) is not None:
+                self.workspace.replace(path, new)
+                self.substitutes[path] = "table"
+                self.notes.append(f"{path}: {type(module).__name__} gave way to a substitute with the same parameters")
+
+    # ---- one step
+
+    def _improved(self, failure: Failure) -> Failure | None:
+        """The failure after the best single change, which comes later in the graph; the same failure if nothing helps."""
+        suspects = [s for s in failure.suspects if s in self.workspace._modules]
+        for path in suspects:
+            found = self._attribute_step(path, failure)
+            if found is not failure:
+                return found
+        for path in suspects:
+            if path in self.computing and known(self.workspace.module(path)) is None:
+                found = self._graph_step(path, failure)
+                if found is not failure:
+                    return found
+        return failure
+
+    def _attribute_step(self, path: str, failure: Failure) -> Failure | None:
+        choices = [c for c in self.choices if c.path == path]
+        singles: list[tuple[tuple[Choice, int], ...]] = [((c, i),) for c in choices for i in range(len(c.options)) if i != c.taken]
+        pairs = [a + b for a, b in itertools.combinations(singles, 2) if a[0][0] is not b[0][0]]
+        for changes in (*singles, *pairs[:20]):
+            if self._exhausted:
+                break
+            before = [(c, c.taken) for c, _ in changes]
+            for choice, option in changes:
+                choice.taken = option
+                self._set(choice)
+            after = self._run()
+            if after is None or after.position > failure.position:
+                return self._like_siblings(changes, after)
+            for choice, taken in before:
+                choice.taken = taken
+                self._set(choice)
+        return failure
+
+    def _like_siblings(self, changes: tuple[tuple[Choice, int], ...], after: Failure | None) -> Failure | None:
+        """The same decision in all layers of this class, kept if that is no step back."""
+        labels = {c.sibling: c.options[i][1] for c, i in changes}
+        others = [(c, c.taken) for c in self.choices if c.sibling in labels and not any(c is d for d, _ in changes)]
+        for choice, _ in others:
+            choice.take(labels[choice.sibling])
+            self._set(choice)
+        if after is None or not any(c.taken != taken for c, taken in others):
+            return after
+        together = self._run()
+        if together is None or together.position >= after.position:
+            return together
+        for choice, taken in others:
+            choice.taken = taken
+            self._set(choice)
+        return after
+
+    def _graph_step(self, path: str, failure: Failure) -> Failure | None:
+        """The module, and all of its class that were cut, run their piece of the edited graph."""
+        name = type(self.workspace.module(path)).__qualname__
+        siblings = [path, *(p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing and not _nested(p, path))]
+        calls = self._recorded(siblings)
+        done: list[tuple[str, nn.Module]] = []
+        for p in siblings:
+            shell = self.workspace.module(p)
+            if p not in calls or isinstance(shell, EditedGraph):
+                continue
+            try:
+                new = edited_submodule(dict(self.program.source.module.named_modules())[p], p, *calls[p], shell, self.program, self.cut)
+            except (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError) as error:
+                log.debug("%s has no graph of its own: %s", p, error)
+                if p == path:
+                    break
+                continue
+            done.append((p, shell))
+            self.workspace.replace(p, new)
+        after = self._run() if done else failure
+        if done and (after is None or after.position > failure.position):
+            for p, shell in done:
+                self.substitutes[p] = "graph"
+                self.notes.append(f"{p}: the Python code of {type(shell).__name__} cannot express the cut ({failure.reason}), it runs its edited graph")
+            self.deadline += 5
+            return after
+        for p, shell in done:
+            self.workspace.replace(p, shell)
+        return failure
+
+    def _recorded(self, paths: list[str]) -> dict[str, tuple[tuple, dict[str, Any]]]:
+        """Arguments of the first call of some modules of the original network."""
+        found: dict[str, tuple[tuple, dict[str, Any]]] = {}
+        modules = dict(self.program.source.module.named_modules())
+
+        def listen(path: str) -> Any:
+            def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                if path not in found:
+                    found[path] = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+
+            return hook
+
+        handles = [modules[p].register_forward_pre_hook(listen(p), with_kwargs=True) for p in paths if p in modules]
+        try:
+            self.reference.call(self.program.source.module, self.reference.inputs[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    # ---- giving up
+
+    def _blame(self, failure: Failure) -> str:
+        """Which attributes were tried in vain."""
+        suspects = [s for s in failure.suspects if s in self.workspace._modules]
+        tried = [f"{c.path}.{c.attribute}" for c in self.choices if c.path in suspects[:3] and c.path]
+        at = next((f"{s} ({type(self.workspace.module(s)).__name__})" for s in suspects if s and known(self.workspace.module(s)) is None), type(self.module).__name__)
+        return f"write-back was defeated at {at}: {failure.reason}" + (f"; tried {', '.join(tried[:4])}" if tried else "; no attribute of it holds the size")
+
+    def _graph(self, why: str) -> WriteBack:
+        shell = getattr(self, "module", None)
+        if shell is None or self.substitutes:
+            shell = copied(self.program.source.module, self.replacements)
+        module, shapes = edited_graph(shell, self.program, self.cut, self.pruned)
+        return WriteBack(module, "graph", (why, f"the result is the edited graph, for {shapes}"))
+
+    def _switch_cache_off(self) -> None:
+        for holder in (getattr(self.module, "config", None), getattr(self.module, "generation_config", None)):
+            if holder is not None and hasattr(holder, "use_cache"):
+                holder.use_cache = False
+
+
+def _nested(path: str, other: str) -> bool:
+    return path == other or path.startswith(other + ".") or other.startswith(path + ".")
+
+
+def _transplant(original: nn.Module, result: WriteBack, replacements: Mapping[str, torch.Tensor]) -> None:
+    """The changes of a verified copy, in the user's module; if one cannot be made, none is."""
+    before = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in ("_modules", "_parameters", "_buffers")}) for m in original.modules()]
+    new = dict(result.module.named_modules(remove_duplicate=False))
+    try:
+        set_tensors(original, replacements)
+        apply_edits(original, result.edits)
+        workspace = Workspace(original)
+        for path, kind in result.substitutes.items():
+            if kind == "graph":
+                shell = workspace.module(path)
+                took = new[path]
+                took._modules, took._parameters = shell._modules, shell._parameters
+                workspace.replace(path, took)
+            else:
+                made = substitute_for(workspace.module(path))
+                assert made is not None
+                workspace.replace(path, made)
+    except BaseException:
+        for m, attributes, registries in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for name, entries in registries.items():
+                m.__dict__[name].clear()
+                m.__dict__[name].update(entries)
+        raise
