@@ -112,6 +112,7 @@ def unify(xs: Axis, ys: Axis, node: str) -> None:
     xs, ys = normal(xs), normal(ys)
     assert size(xs) == size(ys), f"equation between sizes {size(xs)} and {size(ys)} at {node}"
     while xs and ys:
+        xs[-1:], ys[-1:] = normal(xs[-1:]), normal(ys[-1:])  # an earlier step may have merged or refined what lies to its left
         a, b = xs[-1], ys[-1]
         if a is b:
             del xs[-1], ys[-1]

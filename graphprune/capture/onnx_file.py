@@ -25,8 +25,8 @@ from graphprune.capture.onnx_types import TORCH_DTYPES, to_torch, torch_dtype
 from graphprune.errors import InvalidInput
 from graphprune.execute.onnx_ops import lower
 from graphprune.execute.onnx_recurrent import BODIES
-from graphprune.execute.onnx_tensors import LITERAL_OPERANDS
 from graphprune.program import Block, Kind, Node, Program, Value, leaves
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS
 
 log = logging.getLogger("graphprune")
 

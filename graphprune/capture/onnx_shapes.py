@@ -15,8 +15,8 @@ from torch import Tensor
 
 from graphprune.capture.onnx_types import TORCH_DTYPES
 from graphprune.errors import CaptureError, InvalidInput, UnsupportedOp
-from graphprune.execute.onnx_tensors import LITERAL_OPERANDS, DataDependent, ints
 from graphprune.program import Block, Kind, Node, Value, leaves, substitute
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS, DataDependent, ints
 
 log = logging.getLogger("graphprune")
 

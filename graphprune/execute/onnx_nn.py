@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
-from graphprune.execute.onnx_tensors import ints, numbers
+from graphprune.rules.onnx_literals import ints, numbers
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}

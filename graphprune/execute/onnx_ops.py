@@ -20,8 +20,9 @@ from graphprune.errors import UnsupportedOp
 from graphprune.execute.onnx_nn import NN_OPS
 from graphprune.execute.onnx_quantized import QUANTIZED_OPS
 from graphprune.execute.onnx_recurrent import RECURRENT_OPS
-from graphprune.execute.onnx_tensors import LITERAL_OPERANDS, TENSOR_OPS, ints, numbers
+from graphprune.execute.onnx_tensors import TENSOR_OPS
 from graphprune.program import leaves, substitute
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS, ints, numbers
 
 # Attributes that change no result here: hints, redundant sizes, and float8 rounding modes.
 IGNORED = frozenset(

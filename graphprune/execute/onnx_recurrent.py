@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
-from graphprune.execute.onnx_tensors import numbers, reversal
+from graphprune.execute.onnx_tensors import reversal
+from graphprune.rules.onnx_literals import numbers
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float | None, float | None], Tensor]] = {
     "Relu": lambda x, a, b: torch.relu(x),

@@ -12,65 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
-
-# Operands that are shapes, positions and counts rather than data: read as Python numbers, recomputed when an axis is cut.
-LITERAL_OPERANDS: dict[str, tuple[str, ...]] = {
-    "AffineGrid": ("size",),
-    "BlackmanWindow": ("size",),
-    "CenterCropPad": ("shape",),
-    "Col2Im": ("image_shape", "block_shape"),
-    "ConstantOfShape": ("input",),
-    "CumProd": ("axis",),
-    "CumSum": ("axis",),
-    "DFT": ("dft_length", "axis"),
-    "Dropout": ("ratio", "training_mode"),
-    "Expand": ("shape",),
-    "HammingWindow": ("size",),
-    "HannWindow": ("size",),
-    "If": ("cond",),
-    "Loop": ("M", "cond"),
-    "MaxUnpool": ("output_shape",),
-    "NonMaxSuppression": ("max_output_boxes_per_class", "iou_threshold", "score_threshold"),
-    "OneHot": ("depth",),
-    "Pad": ("pads", "axes"),
-    "Range": ("start", "limit", "delta"),
-    "Reshape": ("shape",),
-    "Resize": ("roi", "scales", "sizes"),
-    "STFT": ("frame_step", "frame_length"),
-    "SequenceAt": ("position",),
-    "SequenceErase": ("position",),
-    "SequenceInsert": ("position",),
-    "Slice": ("starts", "ends", "axes", "steps"),
-    "Split": ("split",),
-    "SplitToSequence": ("split",),
-    "Squeeze": ("axes",),
-    "Tile": ("repeats",),
-    "TopK": ("K",),
-    "Trilu": ("k",),
-    "Unsqueeze": ("axes",),
-    "Upsample": ("scales",),
-} | {f"Reduce{name}": ("axes",) for name in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()}
-
-
-class DataDependent(Exception):
-    """A shape, position or count is needed that the meta device does not have."""
-
-
-def numbers(operand: Any) -> list[Any] | None:
-    """A literal operand, given as a tensor, a number or a list, as a flat list of Python numbers."""
-    if operand is None:
-        return None
-    if isinstance(operand, Tensor):
-        if operand.is_meta:
-            raise DataDependent
-        return operand.reshape(-1).tolist()
-    return list(operand) if isinstance(operand, (list, tuple)) else [operand]
-
-
-def ints(operand: Any) -> list[int] | None:
-    """As `numbers`, in integers."""
-    values = numbers(operand)
-    return None if values is None else [int(v) for v in values]
+from graphprune.rules.onnx_literals import ints, numbers, reshape_target, slice_range, split_sizes
 
 
 def _number(operand: Any) -> Any:
@@ -80,11 +22,6 @@ def _number(operand: Any) -> Any:
 def _one(operand: Any, default: int) -> int:
     values = ints(operand)
     return values[0] if values else default
-
-
-def reshape_target(shape: Sequence[int], data_shape: Sequence[int], allowzero: int = 0) -> list[int]:
-    """The shape that Reshape's operand means: 0 copies a size of the input (unless `allowzero`); -1 is left for torch to infer."""
-    return [data_shape[i] if size == 0 and not allowzero else size for i, size in enumerate(shape)]
 
 
 def _reshape(data: Tensor, shape: Any, allowzero: int = 0) -> Tensor:
@@ -125,20 +62,9 @@ def _concat(inputs: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(list(inputs), axis)
 
 
-def split_sizes(size: int, parts: int) -> list[int]:
-    """Sizes of an even Split: the last part takes what is left."""
-    each = -(-size // parts)
-    return [min(each, size - i * each) for i in range(parts)]
-
-
 def _split(input: Tensor, split: Any = None, axis: int = 0, num_outputs: int | None = None) -> tuple[Tensor, ...]:
     sizes = ints(split) or split_sizes(input.shape[axis], num_outputs or 1)
     return tuple(torch.split(input, sizes, axis))
-
-
-def slice_range(size: int, start: int, end: int, step: int) -> range:
-    """The positions that one axis of a Slice takes, negative and overlong bounds resolved."""
-    return range(size)[slice(start, None if step < 0 and end < -size else end, step)]
 
 
 def _slice(data: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:

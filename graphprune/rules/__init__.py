@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from graphprune.rules import aten
+from graphprune.rules import aten, onnx
 
 
 class _Rules(dict):
@@ -31,6 +31,8 @@ def _is_pointwise(op_type: str) -> bool:
 def _tables() -> Iterator[tuple[tuple[str, str], aten.Rule]]:
     for name, rule in aten.ATEN.items():
         yield ("aten", name), rule
+    for name, rule in onnx.ONNX.items():
+        yield ("", name), rule
 
 
 RULES: dict[tuple[str, str], aten.Rule] = _Rules(_tables())
