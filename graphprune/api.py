@@ -123,6 +123,7 @@ class Result:
     certificate: Certificate | None
     backend: str = "torch"
     _module: nn.Module | None = field(default=None, repr=False)
+    written: Any = field(default=None, repr=False)  # how the module came about: a `WriteBack`, None for ONNX
 
     @cached_property
     def module(self) -> nn.Module:
@@ -183,7 +184,7 @@ def apply(
     if verify:
         with clock("verify"):
             certificate = _certificate(program, pruned, cut, plan, verify)
-    module, notes = None, []
+    module, written, notes = None, None, []
     if plan.repair:
         if calibration_data is None and any(name != "bn" for name in plan.repair):
             notes.append(f"the plan names the repair {', '.join(plan.repair)}; it was skipped for want of calibration_data")
@@ -202,7 +203,7 @@ def apply(
         module = written.module
         notes += list(written.notes)
     report = _report(program, pruned, cut, plan, certificate, notes, clock.seconds)
-    return Result(program, pruned, plan, report, certificate, backend, module)
+    return Result(program, pruned, plan, report, certificate, backend, module, written)
 
 
 def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:

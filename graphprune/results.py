@@ -1,15 +1,16 @@
 """Saves and reads back what a compile made: an ONNX file, or a folder of safetensors and JSON that holds all of a module but its code.
 
-A folder holds `plan.json`, `report.json`, `certificate.json`, the state dict (`model.safetensors`) and `graphprune.json`: the sizes that
-modules keep as attributes, tied names, and where non-persistent buffers are. A Hugging Face model comes with its `config.json` too and is
-rebuilt from that; a cut that all layers share loads by `from_pretrained` as well. A plain module is rebuilt on the original's code.
+A folder holds `plan.json`, `report.json`, `certificate.json`, the state dict (`model.safetensors`) and `graphprune.json`: what the cut
+changed in the module besides tensors. A Hugging Face model comes with its `config.json` too and is rebuilt without further ado; a cut
+that all layers share loads by `from_pretrained` as well. A plain module is rebuilt on the original's code. Where Python code gave way to a
+piece of the edited graph, the original is captured and cut again, so the folder holds its example inputs too.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graphprune.checkpoints import model_class, read_config, weight_files
+from graphprune.capture.torch_export import capture_torch
+from graphprune.checkpoints import load_checkpoint, model_class, weight_files
 from graphprune.errors import CaptureError, InvalidInput
 from graphprune.files import PathLike, atomic_dir, atomic_path
+from graphprune.plan import Plan
+from graphprune.surgery import apply_cut
+from graphprune.surgery.cut import Cut
+from graphprune.surgery.edits import Workspace
+from graphprune.surgery.substitutes import substitute_for
+from graphprune.surgery.write_back import write_back
 
 FORMAT = 1
 RECORD = "graphprune.json"
-WEIGHTS, BUFFERS = "model.safetensors", "graphprune_buffers.safetensors"
+WEIGHTS, BUFFERS, INPUTS = "model.safetensors", "graphprune_buffers.safetensors", "graphprune_inputs.safetensors"
 INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB; larger weights go into a file beside the model
 
 
@@ -83,12 +91,10 @@ def _exported(result: Any, file: Path) -> ir.Model:
 
 
 def _save_module(result: Any, folder: Path) -> None:
-    module: Any = result.module
-    if type(module).__module__.startswith("graphprune.execute"):
-        raise InvalidInput("the result is an edited graph without code of its own (the report says why); save it as .onnx")
-    if hasattr(module, "save_pretrained") and hasattr(module, "config"):
+    module, original, written = result.module, result.program.source.module, result.written
+    if hasattr(original, "save_pretrained") and hasattr(original, "config"):
         config = copy.deepcopy(module.config)
-        config.architectures, config.dtype = [type(module).__name__], str(module.dtype).removeprefix("torch.")
+        config.architectures, config.dtype = [type(original).__name__], str(original.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
         if getattr(module, "generation_config", None) is not None:
             with suppress(ValueError):  # a generation config that contradicts itself is not ours to mend
@@ -104,13 +110,24 @@ def _save_module(result: Any, folder: Path) -> None:
     extra = {name: _plain(buffer) for name, buffer in module.named_buffers() if name not in stored and name not in tied}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     save_file(extra, folder / BUFFERS)
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    record = {"format": FORMAT, "class": name, "tied": tied, "sizes": dict(_sizes(module))}
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record = {
+        "format": FORMAT,
+        "class": f"{type(original).__module__}.{type(original).__qualname__}",
+        "config": original.config.to_dict() if (folder / "config.json").is_file() else None,
+        "tied": tied,
+        "edits": [[edit.path, edit.attribute, edit.new] for edit in written.edits],
+        "substitutes": [path for path, kind in written.substitutes.items() if kind == "table"],
+        "inputs": _save_inputs(result.program.source, folder) if _runs_graph(written) else None,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
     (folder / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     (folder / "report.json").write_text(result.report.to_json(), encoding="utf-8")
     if result.certificate:
         (folder / "certificate.json").write_text(result.certificate.to_json(), encoding="utf-8")
+
+
+def _runs_graph(written: Any) -> bool:
+    return written.how == "graph" or "graph" in written.substitutes.values()
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -118,18 +135,37 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _sizes(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Per submodule, the attributes that can hold a size: whole numbers and tuples of them."""
-    for path, owner in module.named_modules():
-        found = {name: value for name, value in vars(owner).items() if _is_size(value)}
-        if found:
-            yield path, found
+def _save_inputs(source: Any, folder: Path) -> Any:
+    """Writes the tensors among the example inputs; their nesting as JSON, with a tensor as its name."""
+    tensors: dict[str, Tensor] = {}
+
+    def spelled(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            tensors[f"input_{len(tensors)}"] = _plain(tree)
+            return {"tensor": f"input_{len(tensors) - 1}"}
+        if isinstance(tree, (list, tuple)):
+            return {type(tree).__name__: [spelled(item) for item in tree]}
+        if isinstance(tree, Mapping):
+            return {"dict": {key: spelled(item) for key, item in tree.items()}}
+        if tree is None or isinstance(tree, (bool, int, float, str)):
+            return {"literal": tree}
+        raise InvalidInput(f"an example input is a {type(tree).__name__}, which cannot be saved; save the result as .onnx")
+
+    found = spelled([list(source.args), dict(source.kwargs)])
+    save_file(tensors, folder / INPUTS)
+    return found
 
 
-def _is_size(value: Any) -> bool:
-    if isinstance(value, (tuple, list, torch.Size)):
-        return bool(value) and all(type(item) is int for item in value)
-    return type(value) is int
+def _read_inputs(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, held),) = tree.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "literal":
+        return held
+    if kind == "dict":
+        return {key: _read_inputs(item, tensors) for key, item in held.items()}
+    items = [_read_inputs(item, tensors) for item in held]
+    return tuple(items) if kind == "tuple" else items
 
 
 def load_result(folder: PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -145,21 +181,40 @@ def load_result(folder: PathLike, model: nn.Module | None = None) -> nn.Module:
     if not folder.is_dir():
         raise InvalidInput(f"{folder} does not exist")
     if not (folder / RECORD).is_file():
-        from graphprune.checkpoints import load_checkpoint
-
         return load_checkpoint(folder)
     record = _record(folder)
-    if model is not None:
-        shell = copy.deepcopy(model)
-    elif (folder / "config.json").is_file():
-        cls, config = model_class(folder), read_config(folder)
-        with torch.device("meta"):
-            shell = cls(cls.config_class.from_dict(config))
-        _read_generation_config(shell, folder)
-    else:
+    weight_files(folder)
+    if model is None and record["config"] is None:
         raise InvalidInput(f"{folder} holds a {record['class']}: give the original module too, graphprune.load(path, model)")
-    _fill(shell, record, folder)
-    return shell.eval()
+    if record["inputs"] is not None:
+        module = _cut_again(model if model is not None else _built(folder, record, "cpu"), record, folder)
+        _place_tensors(module, record, folder)
+        return module.eval()
+    module = copy.deepcopy(model) if model is not None else _built(folder, record, "meta")
+    _place_tensors(module, record, folder)
+    workspace = Workspace(module)
+    for path, attribute, size in record["edits"]:
+        workspace.set(path, attribute, tuple(size) if isinstance(size, list) else size)
+    for path in record["substitutes"]:
+        workspace.replace(path, substitute_for(workspace.module(path)) or workspace.module(path))
+    return module.eval()
+
+
+def _built(folder: Path, record: Mapping[str, Any], device: str) -> nn.Module:
+    """The network before the cut, with weights of no meaning."""
+    cls: Any = model_class(folder)
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        module = cls(cls.config_class.from_dict(record["config"]))
+    if (folder / "generation_config.json").is_file() and hasattr(module, "generation_config"):
+        module.generation_config = type(module.generation_config).from_pretrained(folder)
+    return module.eval()
+
+
+def _cut_again(original: nn.Module, record: Mapping[str, Any], folder: Path) -> nn.Module:
+    args, kwargs = _read_inputs(record["inputs"], load_file(folder / INPUTS))
+    program = capture_torch(original, args, kwargs)
+    cut = Cut(program.analysis, Plan.load(folder / "plan.json").resolve(program))
+    return write_back(program, cut, apply_cut(program, cut)).module
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -172,28 +227,19 @@ def _record(folder: Path) -> dict[str, Any]:
         raise InvalidInput(f"{folder / RECORD} is not a record of graphprune: {error}") from None
 
 
-def _read_generation_config(shell: Any, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file() and hasattr(shell, "generation_config"):
-        shell.generation_config = type(shell.generation_config).from_pretrained(folder)
+def _place_tensors(module: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
+    """Put the saved tensors into a module of the same code, tied ones into every place they had.
 
-
-def _fill(shell: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
-    """Put the saved sizes and tensors into a module of the same code."""
-    weight_files(folder)
-    owners = dict(shell.named_modules())
-    for path, found in record["sizes"].items():
-        for name, value in found.items() if path in owners else ():
-            old = getattr(owners[path], name, None)
-            if _is_size(old) and old != value:
-                setattr(owners[path], name, type(old)(value) if isinstance(old, (tuple, list)) else value)  # type: ignore[call-overload]
+    Raises:
+        InvalidInput: if a tensor has no place, or a place no tensor.
+    """
+    owners = dict(module.named_modules(remove_duplicate=False))
     tensors = {**load_file(folder / WEIGHTS), **load_file(folder / BUFFERS)}
-    placed: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        placed[name] = _place(owners, name, tensor, folder)
+    placed = {name: _place(owners, name, tensor, folder) for name, tensor in tensors.items()}
     for name, first in record["tied"].items():
         _place(owners, name, placed[first], folder)
     known = {*tensors, *record["tied"]}
-    missing = [name for name, it in (*shell.named_parameters(), *shell.named_buffers()) if it.is_meta or name not in known]
+    missing = [name for name, it in (*module.named_parameters(), *module.named_buffers()) if it.is_meta or name not in known]
     if missing:
         raise InvalidInput(f"{folder} has no tensor for {missing[0]!r}: it was saved from another network")
 

@@ -1,113 +1,166 @@
-"""What is saved comes back the same: modules with odd sizes, tied weights and buffers; ONNX files with their metadata."""
+"""What is saved comes back the same: modules with tied weights, buffers and odd sizes; ONNX files with their metadata."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
+import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import graphprune as gp
 from graphprune.capture.onnx_file import capture_onnx
 from graphprune.errors import InvalidInput
 from graphprune.plan import Plan
 from graphprune.report import Footprint, Report
-from graphprune.results import RECORD, load_result, save_result
+from graphprune.results import RECORD, WEIGHTS, save_result
 from tests.test_report import onnx_file
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
 class Network(nn.Module):
     """Tied weights, a size kept as an attribute, a buffer that no state dict holds."""
 
-    def __init__(self, width=8):
+    def __init__(self, width=12):
         super().__init__()
         self.width = width
-        self.embed = nn.Embedding(11, width)
-        self.inner = nn.Linear(width, width)
-        self.head = nn.Linear(width, 11, bias=False)
+        self.embed = nn.Embedding(11, 8)
+        self.up = nn.Linear(8, 3 * width)
+        self.down = nn.Linear(width, 8)
+        self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.rand(width), persistent=False)
 
     def forward(self, ids):
-        return self.head(self.inner(self.embed(ids)).reshape(*ids.shape, self.width) * self.scale)
+        a, b, c = self.up(self.embed(ids)).split(self.width, -1)
+        return self.head(self.down((a * b + c) * self.scale))
 
 
-def result_of(module, program=None, pruned=None):
-    """What `save_result` looks at."""
-    report = Report(Footprint(1, 4), Footprint(1, 4))
-    program = program or SimpleNamespace(source=SimpleNamespace(module=module, args=(), kwargs={}))
-    return SimpleNamespace(module=module, program=program, pruned=pruned, plan=Plan(), report=report, certificate=None)
+@pytest.fixture
+def result():
+    torch.manual_seed(0)
+    return gp.compile(Network().eval(), IDS, pruning_ratio=0.5)
 
 
-IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def test_narrowed_module_comes_back_on_the_code_of_the_original(tmp_path):
-    narrow, original = Network(5).eval(), Network(8)
-    narrow.inner.in_features = narrow.inner.out_features = 5
-    save_result(result_of(narrow), tmp_path / "out")
+def test_module_comes_back_on_the_code_of_the_original(tmp_path, result):
+    result.save(tmp_path / "out")
+    original = Network()
     weights = original.embed.weight
-    again = load_result(tmp_path / "out", original)
-    torch.testing.assert_close(again(IDS), narrow(IDS))
-    assert again.head.weight is again.embed.weight and again.inner.in_features == 5 and not again.training
-    assert original.embed.weight is weights and original.width == 8
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "graphprune.json", "graphprune_buffers.safetensors", "model.safetensors", "plan.json", "report.json",
-    ]  # fmt: skip
+    again = gp.load(tmp_path / "out", original)
+    torch.testing.assert_close(again(IDS), result(IDS))
+    assert again.width == 6 and again.head.weight is again.embed.weight and again.up.out_features == 18 and not again.training
+    assert original.embed.weight is weights and original.width == 12
+    again.head.weight.sum().backward()  # it trains
+    stored = {"certificate.json", "graphprune.json", "graphprune_buffers.safetensors", "model.safetensors", "plan.json", "report.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == stored
+    assert Report.from_json((tmp_path / "out" / "report.json").read_text()).plan_hash == Plan.load(tmp_path / "out" / "plan.json").hash
 
 
-def test_result_replaces_an_earlier_one(tmp_path):
-    for width in (5, 3):
-        save_result(result_of(Network(width)), tmp_path / "out")
-    assert load_result(tmp_path / "out", Network()).width == 3
+def test_result_replaces_an_earlier_one(tmp_path, result):
+    result.save(tmp_path / "out")
+    gp.compile(Network().eval(), IDS, pruning_ratio=0.25).save(tmp_path / "out")
+    assert gp.load(tmp_path / "out", Network()).width == 9
 
 
-def test_plain_module_needs_its_original(tmp_path):
-    save_result(result_of(Network(5)), tmp_path / "out")
+def test_plain_module_needs_its_original(tmp_path, result):
+    result.save(tmp_path / "out")
     with pytest.raises(InvalidInput, match=r"Network: give the original module too"):
-        load_result(tmp_path / "out")
+        gp.load(tmp_path / "out")
     with pytest.raises(InvalidInput, match="saved from another"):
-        load_result(tmp_path / "out", nn.Linear(3, 3))
+        gp.load(tmp_path / "out", nn.Linear(3, 3))
 
 
-def test_damaged_folder_is_refused(tmp_path):
-    save_result(result_of(Network(5)), tmp_path / "out")
-    weights: Path = tmp_path / "out" / "model.safetensors"
+def test_damaged_folder_is_refused(tmp_path, result):
+    result.save(tmp_path / "out")
+    weights = tmp_path / "out" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(InvalidInput, match="damaged or cut short"):
-        load_result(tmp_path / "out", Network())
+        gp.load(tmp_path / "out", Network())
     (tmp_path / "out" / RECORD).write_text(json.dumps({"format": 99}))
     with pytest.raises(InvalidInput, match="format 99"):
-        load_result(tmp_path / "out", Network())
+        gp.load(tmp_path / "out", Network())
     with pytest.raises(InvalidInput, match="does not exist"):
-        load_result(tmp_path / "nothing")
+        gp.load(tmp_path / "nothing")
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_substitutes_come_back(tmp_path):
+    model, x = Attention().eval(), torch.randn(2, 5, 16)
+    result = gp.compile(model, x, pruning_ratio=0.5, units=("head",), round_to=1)
+    assert result.written.substitutes == {"attention": "table"}
+    result.save(tmp_path / "out")
+    torch.testing.assert_close(gp.load(tmp_path / "out", Attention())(x), result(x))
+
+
+class Stubborn(nn.Module):
+    """Its code names a size that no attribute holds, so the result runs the edited graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 24), nn.Linear(24, 4)
+
+    def forward(self, x, factor):
+        return self.down(self.up(x).view(x.shape[0], 3, 8).relu().flatten(1)) * factor["by"]
+
+
+def test_edited_graph_comes_back(tmp_path):
+    arguments = torch.randn(2, 4), {"by": torch.tensor(2.0)}
+    result = gp.compile(Stubborn().eval(), arguments, pruning_ratio=0.5, round_to=1)
+    assert result.written.how == "graph" or "graph" in result.written.substitutes.values()
+    result.save(tmp_path / "out")
+    torch.testing.assert_close(gp.load(tmp_path / "out", Stubborn())(*arguments), result(*arguments))
 
 
 def llama(**changes):
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}, pad_token_id=0)).eval()
 
 
 def test_hugging_face_model_comes_back_without_its_original(tmp_path):
     model = llama(tie_word_embeddings=True)
-    mlp = model.model.layers[1].mlp  # another width than layer 0: no config of transformers says that
-    for linear, axis in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
-        linear.weight = nn.Parameter(linear.weight.detach().narrow(axis, 0, 40).clone())
-    mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = 40
-    save_result(result_of(model), tmp_path / "out")
-    again = load_result(tmp_path / "out")
-    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    ratios = {"model.layers.0*": 0.5, "model.layers.1*": 0.25}  # layers differ: no config of transformers says that
+    result = gp.compile(model, pruning_ratio=ratios, units=("neuron", "kv_group"), round_to=1)
+    result.save(tmp_path / "out")
+    before = torch.random.get_rng_state()
+    again = gp.load(tmp_path / "out")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.testing.assert_close(again(IDS).logits, result.module(IDS).logits)
     assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert [layer.mlp.up_proj.out_features for layer in again.model.layers] == [24, 36]
     made = again.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert made.shape == (2, 7)
 
 
 def test_uniform_checkpoint_loads_by_from_pretrained_too(tmp_path):
-    model = llama()
-    save_result(result_of(model), tmp_path / "out")
-    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, model(IDS).logits)
+    result = gp.compile(llama(), pruning_ratio=0.5, units=("neuron",), round_to=1)
+    result.save(tmp_path / "out")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.intermediate_size == 24
+    torch.testing.assert_close(again(IDS).logits, result.module(IDS).logits)
+
+
+def test_bfloat16_and_frozen_parameters_survive(tmp_path):
+    model = llama().to(torch.bfloat16)
+    result = gp.compile(model, pruning_ratio=0.5, units=("neuron",), round_to=1)
+    result.save(tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
+    again = gp.load(tmp_path / "out")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(again(IDS).logits, result.module(IDS).logits)
 
 
 def test_onnx_is_saved_with_its_metadata_and_the_plan(tmp_path):
@@ -116,7 +169,8 @@ def test_onnx_is_saved_with_its_metadata_and_the_plan(tmp_path):
     onnx.helper.set_model_props(model, {"author": "somebody"})
     onnx.save(model, path)
     program = capture_onnx(path)
-    result = result_of(None, program, program)
+    report = Report(Footprint(1, 4), Footprint(1, 4))
+    result = SimpleNamespace(program=program, pruned=program, plan=Plan(), report=report, certificate=None)
     save_result(result, tmp_path / "out.onnx")
     saved = onnx.load(tmp_path / "out.onnx")
     assert {p.key: p.value for p in saved.metadata_props} == {"author": "somebody", "graphprune.plan": Plan().hash}
@@ -128,3 +182,11 @@ def test_onnx_is_saved_with_its_metadata_and_the_plan(tmp_path):
         save_result(result, tmp_path / "folder")
     with pytest.raises(InvalidInput, match="it is the input"):
         save_result(result, path)
+
+
+def test_torch_result_is_saved_as_onnx(tmp_path, result):
+    result.save(tmp_path / "out.onnx")
+    model = onnx.load(tmp_path / "out.onnx")
+    assert {p.key for p in model.metadata_props} >= {"graphprune.plan", "graphprune.certificate"}
+    (y,) = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {model.graph.input[0].name: IDS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), result(IDS).detach(), rtol=1e-4, atol=1e-5)
