@@ -28,6 +28,7 @@ allocation
 planning
 surgery repair
 verify
+surgery.fallback
 surgery.write_back
 pass_manager
 passes
