@@ -20,7 +20,7 @@ from graphprune.branches import branches
 from graphprune.errors import NotPrunable, Reason, UnsupportedOp
 from graphprune.program import Kind, Node, Program, Value
 from graphprune.rules import RULES
-from graphprune.rules.engine import Engine
+from graphprune.rules.engine import Engine, Flow
 from graphprune.units import Exactness, Group, Member, Role
 
 log = logging.getLogger("graphprune")
@@ -110,6 +110,7 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             continue  # arithmetic on symbolic sizes, and what depends on nothing else
         if any(v.shape is None for v in node.outputs) or any(0 in (v.shape or ()) for v in (*node.outputs, *node.inputs)):
             engine.unsupported(Reason.FIXED)
+            engine.seal_indexes()
             continue
         rule = RULES.get(node.op)
         if node.blocks:
@@ -126,11 +127,14 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             engine.spec(rule)
         else:
             rule(engine, node)
+        engine.seal_indexes()
     engine.node = Node("model outputs", "", "", {}, (), call=lambda: None)
     for value in program.outputs:
         for axis in engine.dims.get(value, ()):
             if not free_border:
                 engine.freeze(axis, Reason.OUTPUT)
+        if value in engine.indexes and not free_border:
+            engine.freeze(engine.indexes[value], Reason.OUTPUT, "the output numbers its positions")
     analysis.groups = _groups(analysis, free_border)
     if not free_border:
         analysis.groups += _layers(program)
@@ -271,22 +275,34 @@ def _exactness(engine: Engine, where: Mapping[Factor, Any]) -> tuple[dict[Factor
         # masked slices of tensors are zero, and so are those of inputs (free only in the rule checker); integers are left as they are
         return leaves(value, node) if value.dtype is not None and value.dtype.is_floating_point else set()
 
+    def below(axes: Iterable[Axis]) -> set[Factor]:
+        return {leaf for axis in axes for leaf in ax.leaves_of(axis)}
+
     approximate: dict[Factor, str] = {}
     for flow in engine.flows:
-        out = leaves(flow.out, flow.node)
-        over = {leaf for axis in flow.over for leaf in ax.leaves_of(axis)}
-        result: set[Factor] | None = None
-        for term in flow.terms:
-            gone: set[Factor] = set()
-            present: set[Factor] = set()
-            for value in term:
-                gone |= vanishing(value, flow.node)
-                present |= leaves(value, flow.node)
-            for leaf in present - out - over - gone:
+        out, over, summed = leaves(flow.out, flow.node), below(flow.over), below(flow.summed)
+        dropped = below(flow.dropped) | over
+        gone: dict[tuple[Value, ...], set[Factor]] = {}
+        present: dict[tuple[Value, ...], set[Factor]] = {}
+        for term in (*flow.terms, *flow.products):
+            gone[term] = set().union(*(vanishing(value, flow.node) for value in term))
+            present[term] = set().union(*(leaves(value, flow.node) for value in term))
+            for leaf in ((present[term] - out) | (present[term] & summed)) - dropped - gone[term]:
                 approximate.setdefault(leaf, flow.node.name)
-            result = gone if result is None else result & gone
-        vanish[flow.out] = ((result or set()) | over) & out
+        if flow.joined:  # a term has its say along the axes that it has
+            zero = {leaf for leaf in set().union(*present.values()) if all(leaf in gone[t] for t in flow.terms if leaf in present[t])}
+        else:
+            zero = set.intersection(*(gone[term] for term in flow.terms)) if flow.terms else set()
+        # an axis that is neutralised or summed may occur in the result a second time, where it is not
+        elsewhere = _second(engine, flow, over) if over & out else set()
+        vanish[flow.out] = ((zero - summed) | (over - elsewhere)) & out
     return approximate, vanish
+
+
+def _second(engine: Engine, flow: Flow, over: set[Factor]) -> set[Factor]:
+    """The leaves of `over` that lie along two axes of the result."""
+    found = [leaf for dim in engine.dims.get(flow.out, ()) for leaf in dict.fromkeys(ax.leaves_of(dim)) if leaf in over]
+    return {leaf for leaf in found if found.count(leaf) > 1}
 
 
 def _roles(engine: Engine, where: Mapping[Factor, Any]) -> dict[tuple[Value, Factor], Role]:

@@ -33,6 +33,7 @@ def _tables() -> Iterator[tuple[tuple[str, str], aten.Rule]]:
         yield ("aten", name), rule
     for name, rule in onnx.ONNX.items():
         yield ("", name), rule
+    yield ("transformers", "grouped_mm_fallback"), aten.ATEN["_grouped_mm"]
 
 
 RULES: dict[tuple[str, str], aten.Rule] = _Rules(_tables())

@@ -16,15 +16,16 @@ from graphprune.rules import notation
 
 @dataclass(eq=False, slots=True)
 class Flow:
-    """How zeros pass through a node: result = sum over terms of products of operands.
-
-    `over` lists axes whose removed positions the op itself neutralises (softmax, norms): the result vanishes along them.
-    """
+    """How zeros pass through a node: result = sum over terms of products of operands."""
 
     node: Node
     out: Value
     terms: tuple[tuple[Value, ...], ...]
-    over: tuple[Axis, ...] = ()
+    over: tuple[Axis, ...] = ()  # the op neutralises removed positions itself (softmax, norms): the result vanishes along these axes
+    summed: tuple[Axis, ...] = ()  # positions are added up: exact only where every term vanishes
+    dropped: tuple[Axis, ...] = ()  # left out of the result, not added up
+    products: tuple[tuple[Value, ...], ...] = ()  # are summed too, but do not decide where the result vanishes (scores of attention)
+    joined: bool = False  # the terms lie side by side (concat): where one vanishes is a matter of the terms that have the axis
 
 
 class Engine:
@@ -34,6 +35,8 @@ class Engine:
         self.dims: dict[Value, list[Axis]] = {}
         self.constants: dict[tuple[Node, Value], list[Axis]] = {}
         self.indexes: dict[Value, Axis] = {}  # integer values that index an axis
+        self.addressed: set[Value] = set()  # those that the current node uses as addresses, not as numbers
+        self.counts: set[Value] = set()  # how often each unit of an axis is indexed, and prefix sums of that
         self.limits: list[tuple[Axis, int, Node]] = []  # at least this many positions must stay
         self.flows: list[Flow] = []
         self.unknown: dict[tuple[str, str], list[Node]] = {}
@@ -78,6 +81,19 @@ class Engine:
             out.append(list(dim))
         self.dims[value] = out
 
+    def address(self, value: Value) -> Axis | None:
+        """The axis that `value` indexes, for an op that uses it as an address."""
+        self.addressed.add(value)
+        return self.indexes.get(value)
+
+    def seal_indexes(self) -> None:
+        """After a rule: an index whose tag goes no further is used as a number, so the axis it numbers may not be cut."""
+        for value in self.node.inputs:
+            tag = self.indexes.get(value)
+            if tag is not None and value not in self.addressed and not any(out in self.indexes for out in self.node.outputs):
+                self.freeze(tag, Reason.UNTAGGED_INDEX, "positions on it are used as numbers")
+        self.addressed.clear()
+
     # ---- equations
 
     def equate(self, a: Axis, b: Axis) -> None:
@@ -106,8 +122,10 @@ class Engine:
     def mark(self, axis: Iterable[Factor], tag: str) -> None:
         ax.mark(axis, tag, self.node.name)
 
-    def flow(self, out: Value, *terms: Sequence[Value], over: Sequence[Axis] = ()) -> None:
-        self.flows.append(Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over)))
+    def flow(
+        self, out: Value, *terms: Sequence[Value], over: Sequence[Axis] = (), summed: Sequence[Axis] = (), dropped: Sequence[Axis] = (), joined: bool = False
+    ) -> None:
+        self.flows.append(Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over), tuple(summed), tuple(dropped), joined=joined))
 
     # ---- whole nodes
 
@@ -122,11 +140,18 @@ class Engine:
                 self.set(value, [self.frozen(size, reason) for size in value.shape])
                 self.flow(value)
 
-    def spec(self, line: str, sizes: Mapping[str, int] | None = None, over: str = "", marks: Mapping[str, str] | None = None) -> None:
+    def spec(
+        self,
+        line: str,
+        sizes: Mapping[str, int] | None = None,
+        over: str = "",
+        marks: Mapping[str, str] | None = None,
+        operands: Mapping[str, Value] | None = None,
+    ) -> None:
         """Emit the equations of one line of the notation (see `rules/notation.py`) for the current node.
 
         `sizes` gives the sizes of letters that cannot be inferred; `over` names letters whose removed positions the op neutralises itself;
-        `marks` maps letters to kind tags.
+        `marks` maps letters to kind tags; `operands` replaces the arguments of the node by name.
         """
         spec, node = notation.parse(line), self.node
         letters: dict[str, Axis] = {}
@@ -158,7 +183,7 @@ class Engine:
 
         present: dict[notation.Operand, Value] = {}
         for operand in spec.operands:
-            value = node.args.get(operand.name)
+            value = (node.args if operands is None else operands).get(operand.name)
             if not isinstance(value, Value):
                 continue
             present[operand] = value
@@ -215,4 +240,11 @@ class Engine:
                     dims.append([f for w in axis for f in letters.get(w, [])])
             self.set(out, dims)
             terms = [[present[o] for o in term if o in present] for term in spec.terms]
-            self.flow(out, *[t for t in terms if t], over=[letters[c] for c in over.split() if c in letters])
+            kept = {w for axis in result if isinstance(axis, tuple) for w in axis}
+            self.flow(
+                out,
+                *[t for t in terms if t],
+                over=[letters[c] for c in over.split() if c in letters],
+                summed=[axis for letter, axis in letters.items() if letter not in kept],
+            )
+            self.flows[-1].products = (tuple(present[o] for o in spec.statistics if o in present),)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graphprune.rules.engine import Engine
-from graphprune.axes import Axis, Factor, freeze, leaves_of, size, sum_of
-from graphprune.errors import NotPrunable, Reason
+from graphprune.axes import Axis, Factor, leaves_of, size, sum_of
+from graphprune.errors import Reason
 from graphprune.program import Kind, Value
+from graphprune.rules.engine import Engine
 
 
 def out_of(engine: Engine) -> Value:
@@ -35,6 +35,8 @@ def keep_index(engine: Engine, source: Value) -> None:
     """The result indexes the axis that `source` indexes."""
     if source in engine.indexes:
         engine.indexes[out_of(engine)] = engine.indexes[source]
+    if source in engine.counts:
+        engine.counts.add(out_of(engine))
 
 
 def reshape(engine: Engine, x: Value) -> None:
@@ -89,7 +91,12 @@ def concat(engine: Engine, values: Sequence[Value], axis: int) -> None:
     parts = [engine.axes(v)[axis] for v in values]
     dims[axis] = parts[0] if len(parts) == 1 else [sum_of(parts)]
     engine.set(out, dims)
-    engine.flow(out, *[[v] for v in values])
+    engine.flow(out, *[[v] for v in values], joined=True)
+    tags = [engine.indexes[v] for v in values if v in engine.indexes]
+    if len(tags) == len(values) and all(size(tag) == size(tags[0]) for tag in tags):  # several picks from one axis
+        for tag in tags[1:]:
+            engine.equate(tags[0], tag)
+        engine.indexes[out] = tags[0]
 
 
 def split(engine: Engine, x: Value, axis: int, lengths: Sequence[int]) -> None:
@@ -106,7 +113,7 @@ def split(engine: Engine, x: Value, axis: int, lengths: Sequence[int]) -> None:
         engine.equate(dims[axis], [sum_of(parts)])
     for out, part in zip(engine.node.outputs, parts):
         engine.set(out, [part if i == axis else a for i, a in enumerate(dims)])
-        engine.flow(out, [x])
+        engine.flow(out, [x], dropped=[dims[axis]])
         if x in engine.indexes:
             engine.indexes[out] = engine.indexes[x]
 
@@ -136,9 +143,10 @@ def slice_(engine: Engine, x: Value, axis: int, start: int, stop: int, step: int
     out = out_of(engine)
     dims = list(engine.axes(x))
     axis %= len(dims)
+    whole = dims[axis]
     dims[axis] = slice_axis(engine, x, axis, start, stop, step)
     engine.set(out, dims)
-    engine.flow(out, [x])
+    engine.flow(out, [x], dropped=[whole])
     keep_index(engine, x)
 
 
@@ -151,8 +159,11 @@ def select(engine: Engine, x: Value, axis: int) -> None:
     keep_index(engine, x)
 
 
-def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral: str = "zero") -> None:
-    """Axes are summed ("zero"), averaged ("renorm"), or reduced by an op that knows minus infinity ("-inf")."""
+def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral: str = "zero", zero_at_zero: bool = True) -> None:
+    """Axes are summed ("zero"), averaged ("renorm"), reduced by an op that knows minus infinity ("-inf"), or may not be cut ("fixed").
+
+    `zero_at_zero`: where the operand is zero all along the axes, the result is.
+    """
     dims = engine.axes(x)
     axes = sorted({a % max(len(dims), 1) for a in axes}) if axes else list(range(len(dims)))
     over = [dims[a] for a in axes]
@@ -165,7 +176,8 @@ def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral
     kept = [([] if i in axes else a) for i, a in enumerate(dims) if keepdim or i not in axes]
     for out in engine.node.outputs:
         engine.set(out, kept)
-        engine.flow(out, [x], over=() if neutral == "zero" else over)
+        floating = out.dtype is not None and out.dtype.is_floating_point
+        engine.flow(out, [x] if zero_at_zero and floating else (), over=() if neutral == "zero" else over, summed=over)
 
 
 def along(engine: Engine, x: Value, axes: Sequence[int], neutral: str) -> None:
@@ -181,10 +193,7 @@ def along(engine: Engine, x: Value, axes: Sequence[int], neutral: str) -> None:
     if neutral == "-inf":
         engine.flow(out, (), over=over)
     elif neutral == "zero":  # a prefix sum needs zeros below, and does not vanish itself
-        engine.flow(out, [x])
-        for leaf in {leaf for axis in over for leaf in leaves_of(axis)}:
-            if leaf.frozen is None and "expert" not in leaf.marks:
-                freeze([leaf], NotPrunable(Reason.FIXED, engine.node.name, "a prefix sum runs along it"))
+        engine.flow(out, [x], summed=over)
     else:
         engine.flow(out, [x], over=over if neutral == "renorm" else ())
 
@@ -219,7 +228,7 @@ def topk(engine: Engine, x: Value, axis: int, k: int) -> None:
 
 
 def argmax(engine: Engine, x: Value, axis: int, keepdim: bool) -> None:
-    reduce(engine, x, [axis], keepdim, "-inf")
+    reduce(engine, x, [axis], keepdim, "-inf", zero_at_zero=False)
     chosen = engine.axes(x)[axis]
     engine.mark(chosen, "expert")
     engine.indexes[engine.node.outputs[-1]] = chosen
@@ -227,11 +236,20 @@ def argmax(engine: Engine, x: Value, axis: int, keepdim: bool) -> None:
 
 def index_axis(engine: Engine, axis: Axis, indices: Value) -> None:
     """`axis` is addressed by integers: they are known to index it, or it is frozen."""
-    tag = engine.indexes.get(indices)
+    tag = engine.address(indices)
     if tag is None:
         engine.freeze(axis, Reason.UNTAGGED_INDEX)
     else:
         engine.equate(tag, axis)
+
+
+def indexed_by(engine: Engine, indices: Value, length: int) -> Axis:
+    """An axis of a result with one position for each unit that `indices` may name."""
+    tag = engine.address(indices)
+    if tag is not None and size(tag) == length:
+        return list(tag)
+    engine.freeze(tag or (), Reason.FIXED, "as many positions as the op says, not as many as there are units")
+    return engine.frozen(length)
 
 
 def matmul(engine: Engine, a: Value, b: Value, names: tuple[str, str]) -> None:
@@ -243,12 +261,43 @@ def matmul(engine: Engine, a: Value, b: Value, names: tuple[str, str]) -> None:
         left = "m k"
     result = ("... " if max(ra, rb) > 2 else "") + ("m " if ra > 1 else "") + ("n" if rb > 1 else "")
     engine.spec(f"{names[0]}[{left}] {names[1]}[{right}] -> {result}")
-    if a in engine.from_input and b in engine.from_input and ra > 2 and rb > 2:
-        da, db = engine.axes(a), engine.axes(b)
+    mark_attention(engine, a, b)
+
+
+def mark_attention(engine: Engine, a: Value, b: Value) -> None:
+    """A batched product of two activations."""
+    da, db = engine.axes(a), engine.axes(b)
+    if a in engine.from_input and b in engine.from_input and min(len(da), len(db)) > 2:
         for x in (*da[:-2], *db[:-2]):
             mark_heads(engine, x)
         engine.mark(da[-1], "head_dim")
         engine.mark(db[-1], "head_dim")
+
+
+def einsum(engine: Engine, equation: str, operands: Sequence[Value]) -> None:
+    """The subscripts are nearly our own notation; an operand that repeats a letter (a diagonal) is frozen."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    if any(len(set(t.replace(".", ""))) != len(t.replace(".", "")) for t in terms):
+        return engine.unsupported(Reason.FIXED, "a repeated subscript")
+
+    def spaced(term: str) -> str:
+        return " ".join(term.replace("...", "~")).replace("~", "...")
+
+    line = " ".join(f"t{i}[{spaced(t)}]" for i, t in enumerate(terms)) + f" -> {spaced(right)}"
+    engine.spec(line, operands={f"t{i}": v for i, v in enumerate(operands)})
+    if len(operands) == 2 and all(v in engine.from_input for v in operands) and "..." not in left:  # attention-like
+        for value, term, other in zip(operands, terms, reversed(terms)):
+            for axis, letter in zip(engine.axes(value), term):
+                if letter in other and letter in right:
+                    mark_heads(engine, axis)
+                elif letter in other:
+                    engine.mark(axis, "head_dim")
+        if terms[1][-1] not in terms[0] and terms[1][-1] in right:
+            engine.mark(engine.axes(operands[1])[-1], "head_dim")
 
 
 def mark_heads(engine: Engine, axis: Axis) -> None:

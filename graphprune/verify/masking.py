@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from graphprune.analysis import axis_key
+from graphprune.axes import Axis, leaves_of
 from graphprune.errors import VerificationFailed
 from graphprune.execute.interpreter import Compute, run
 from graphprune.program import Kind, Node, Program, Value, substitute
@@ -34,31 +34,42 @@ def run_masked(program: Program, cut: Cut, inputs: Sequence[Any], dtype: torch.d
             end = cut.bypassed[node].end
             args = {k: torch.zeros_like(a) if node.args[k] is end else a for k, a in args.items()}
         if node in over:
-            operand, gone = over[node]
+            gone = over[node]
             style = NEUTRAL.get(node.op)
             if style is None:
                 raise VerificationFailed(f"{node.op_type} at {node.name} runs over a cut axis and has no neutral form in graphprune.verify.masking.NEUTRAL")
-            return style(args, gone, compute) if operand is not None else compute(args)
+            return style(args, gone, compute)
+        if node.op in UNDEFINED_AT_ZERO and (gone := _gone(cut, node.outputs[0])):
+            return tuple(_filled_where_undefined(result, gone) for result in compute(args))
         return compute(args)
 
     return run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
 
 
-def _reduced_axes(cut: Cut) -> dict[Node, tuple[Value | None, Gone]]:
-    """Nodes that neutralise a cut axis themselves: the operand they read along it, and its removed positions."""
-    found: dict[Node, tuple[Value | None, Gone]] = {}
+def _reduced_axes(cut: Cut) -> dict[Node, Gone]:
+    """Nodes that neutralise a cut axis themselves: removed positions of the first operand that lies along it."""
+    found: dict[Node, Gone] = {}
     for flow in cut.analysis.engine.flows:
-        keys = {axis_key(axis) for axis in flow.over if cut.mask(axis) is not None}
-        if not keys:
+        over = [axis for axis in flow.over if cut.mask(axis) is not None]
+        if not over or flow.node in found:
             continue
-        operand = next((v for v in flow.node.inputs if v.shape is not None), None)
-        gone: Gone = {}
-        for axis, dim in enumerate((cut.analysis.axes(operand, flow.node) or ()) if operand is not None else ()):
-            if axis_key(dim) in keys:
-                gone[axis] = ~torch.from_numpy(cut.mask(dim))  # type: ignore[arg-type]
-        if gone:
-            found[flow.node] = (operand, gone)
+        # the very axis that the rule names; or, where the rule names a part of an axis, the axis that holds it
+        for same in (_is_one_of, _holds_one_of):
+            for operand in dict.fromkeys(v for v in flow.node.inputs if v.shape is not None):
+                dims = cut.analysis.axes(operand, flow.node) or ()
+                gone = {axis: ~torch.from_numpy(cut.mask(dim)) for axis, dim in enumerate(dims) if same(dim, over)}  # type: ignore[arg-type]
+                if gone:
+                    found.setdefault(flow.node, gone)
     return found
+
+
+def _is_one_of(axis: Axis, over: Sequence[Axis]) -> bool:
+    return any(axis is other for other in over)
+
+
+def _holds_one_of(axis: Axis, over: Sequence[Axis]) -> bool:
+    leaves = set(leaves_of(axis))
+    return any(leaves.issuperset(leaves_of(other)) for other in over)
 
 
 def _gone(cut: Cut, value: Value, node: Node | None = None) -> Gone:
@@ -74,6 +85,15 @@ def _along(gone: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
 def _filled(x: torch.Tensor, gone: Gone, fill: float) -> torch.Tensor:
     for axis, mask in gone.items():
         x = x.masked_fill(_along(mask.to(x.device), axis, x.dim()), fill)
+    return x
+
+
+def _filled_where_undefined(x: Any, gone: Gone) -> Any:
+    """0 / 0 at a removed position stands for zero."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    for axis, mask in gone.items():
+        x = torch.where(_along(mask.to(x.device), axis, x.dim()) & x.isnan(), 0.0, x)
     return x
 
 
@@ -106,6 +126,15 @@ def fill(value: float) -> Neutral:
         return compute({**args, name: _filled(x, gone, value)})
 
     return neutral
+
+
+def zero_after(neutral: Neutral) -> Neutral:
+    """The op would leave minus infinity at removed positions of its result (which has the operand's axes): they are zero."""
+
+    def zeroed(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+        return tuple(_zeroed(result, gone) for result in neutral(args, gone, compute))
+
+    return zeroed
 
 
 def only_kept(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
@@ -145,7 +174,7 @@ def normalised(x: str, weight: str, bias: str, centred: bool, axes: Callable[[Ma
 
 
 def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
-    x, groups = args["input"], args["num_groups"]
+    x, groups = args["input"], args["num_groups"] if "num_groups" in args else args["group"]
     kept = (~gone[1]).to(x.dtype).reshape(groups, -1)
     y = x.reshape(x.shape[0], groups, kept.shape[1], -1)
     mask = kept[None, :, :, None]
@@ -157,7 +186,16 @@ def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[
     for name, combine in (("weight", torch.mul), ("bias", torch.add)):
         if args.get(name) is not None:
             y = combine(y, args[name].reshape(shape))
-    return (y * (~gone[1]).to(x.dtype).reshape(shape),)
+    return (_zeroed(y, gone),)
+
+
+def _attention(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    """Keys at removed positions do not exist."""
+    keep = ~next(iter(gone.values()))
+    mask = args.get("attn_mask")
+    if mask is not None and mask.shape[-1] > 1:
+        mask = mask[..., keep]
+    return compute({**args, "key": args["key"][..., keep, :], "value": args["value"][..., keep, :], "attn_mask": mask})
 
 
 def _trailing(args: Mapping[str, Any]) -> list[int]:
@@ -165,17 +203,24 @@ def _trailing(args: Mapping[str, Any]) -> list[int]:
 
 
 def _aten_eps(args: Mapping[str, Any]) -> float:
-    return torch.finfo(torch.float32).eps if args.get("eps") is None else args["eps"]
+    return torch.finfo(args["input"].dtype).eps if args.get("eps") is None else args["eps"]
 
+
+_INDEXED = ("index", "index_select", "gather", "take_along_dim", "embedding", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
 
 NEUTRAL: dict[tuple[str, str], Neutral] = {
-    **{("aten", op): fill(-torch.inf) for op in ("softmax", "_softmax", "_safe_softmax", "log_softmax", "topk", "argmax", "amax", "max", "logsumexp")},
+    **{("aten", op): fill(-torch.inf) for op in ("softmax", "_softmax", "_safe_softmax", "special_softmax", "topk", "argmax", "amax", "max", "logsumexp")},
+    **{("aten", op): zero_after(fill(-torch.inf)) for op in ("log_softmax", "_log_softmax")},
     **{("aten", op): fill(torch.inf) for op in ("amin", "min", "argmin")},
-    **{("aten", op): only_kept for op in ("mean", "var", "std", "var_mean", "std_mean")},
-    **{("aten", op): as_is for op in ("one_hot", "histc", "bincount", "_grouped_mm", "sort", "lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention")},
-    ("aten", "layer_norm"): normalised("input", "weight", "bias", True, _trailing, _aten_eps),
-    ("aten", "rms_norm"): normalised("input", "weight", "bias", False, _trailing, _aten_eps),
-    ("aten", "group_norm"): _group_norm,
+    **{("aten", op): only_kept for op in ("mean", "var", "std", "var_mean", "std_mean", "any", "all")},
+    ("transformers", "grouped_mm_fallback"): as_is,
+    **{("aten", op): as_is for op in ("one_hot", "histc", "bincount", "_grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", *_INDEXED)},
+    ("aten", "scaled_dot_product_attention"): _attention,
+    **{("aten", op): normalised("input", "weight", "bias", True, _trailing, _aten_eps) for op in ("layer_norm", "native_layer_norm")},
+    **{("aten", op): normalised("input", "weight", "bias", False, _trailing, _aten_eps) for op in ("rms_norm", "_fused_rms_norm")},
+    **{("aten", op): _group_norm for op in ("group_norm", "native_group_norm")},
 }
 
-__all__ = ["NEUTRAL", "run_masked", "substitute"]
+UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
+
+__all__ = ["NEUTRAL", "UNDEFINED_AT_ZERO", "run_masked", "substitute"]
