@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,9 @@ def apply_cut(program: Program, cut: Cut) -> Program:
                 new.args, new.kwargs = (), {}
 
             def lowered(leaf: Any) -> Any:
+                if isinstance(leaf, Scaled):
+                    whole = graph.call_function(operator.mul, (env[origin[leaf.size]], leaf.new))
+                    return graph.call_function(operator.floordiv, (whole, leaf.old))
                 return env[origin[leaf]] if isinstance(leaf, Value) else kept(leaf) if isinstance(leaf, np.ndarray) else leaf
 
             for name, literal in edit.items():
@@ -123,13 +127,39 @@ def _no_edit(node: Node, cut: Cut) -> Edit:
 
 
 def _target_shape(argument: str) -> Callable[[Node, Cut], Edit]:
-    """A shape argument: entries of axes that changed get their new size; -1 and symbolic sizes stay."""
+    """A shape argument: entries of axes that changed get their new size; -1 stays, a symbolic size is scaled."""
 
     def edit(node: Node, cut: Cut) -> Edit:
-        old, new = node.outputs[0].shape, cut.shape(node.outputs[0])
-        return {argument: [n if isinstance(entry, int) and entry != -1 and n != o else entry for entry, o, n in zip(node[argument], old, new)]}
+        shape = cut.shape(node.outputs[0])
+        return {argument: [entry if entry == -1 else _resized(entry, new, cut) for entry, new in zip(node[argument], shape)]}
 
     return edit
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A symbolic size times new / old: one factor of the axis is symbolic and stays, another was cut."""
+
+    size: Value
+    new: int
+    old: int
+
+
+def _resized(entry: Any, new: int, cut: Cut) -> Any:
+    if not isinstance(entry, Value):
+        return new
+    now = _after(entry, cut)
+    return entry if now == new else Scaled(entry, new, now)
+
+
+def _after(size: Any, cut: Cut) -> Any:
+    """A symbolic size at the example sizes in the cut graph: it may have been read off a tensor that lost some."""
+    node = size.producer if isinstance(size, Value) else None
+    if node is not None and node.op_type == "sym_size":
+        return cut.shape(node["self"])[node["dim"]]
+    if node is not None and node.domain == "python":
+        return node.call(**substitute(node.args, lambda leaf: _after(leaf, cut)))
+    return int(size.tensor) if isinstance(size, Value) else size
 
 
 def _view(node: Node, cut: Cut) -> Edit:
@@ -154,21 +184,46 @@ def _split(node: Node, cut: Cut) -> Edit:
 
 def _slice(node: Node, cut: Cut) -> Edit:
     """The kept positions among those the slice takes, renumbered: a slice when they are evenly spaced, else an index_select."""
+    x, dim, at, bounds = _taken(node, cut)
+    if at is None:
+        return {}
+    if bounds is not None:
+        return torch.ops.aten.slice.Tensor, {"self": x, "dim": dim, **bounds}
+    return torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": at}
+
+
+def _slice_scatter(node: Node, cut: Cut) -> Edit:
+    x, dim, at, bounds = _taken(node, cut)
+    if at is None:
+        return {}
+    if bounds is not None:
+        return bounds
+    return torch.ops.aten.index_copy.default, {"self": x, "dim": dim, "index": at, "source": node["src"]}
+
+
+def _taken(node: Node, cut: Cut) -> tuple[Value, int, np.ndarray | None, dict[str, int] | None]:
+    """Operand and axis of a slice, which of the kept positions it takes (None: nothing is removed), and its bounds where they are evenly spaced."""
     x, dim = node["self"], node["dim"] % len(node["self"].shape)
     keep = cut.keep(x, dim, node)
     if keep is None:
-        return {}
-    length = x.shape[dim]
-    if node.op_type == "narrow":
+        return x, dim, None, None
+    if "length" in node.args:
         taken = np.arange(node["start"], node["start"] + node["length"])
     else:
-        taken = np.arange(length)[slice(node["start"], None if node["end"] is None else int(node["end"]), node["step"])]
+        taken = np.arange(x.shape[dim])[slice(node["start"], None if node["end"] is None else int(node["end"]), node["step"])]  # type: ignore[index]
     at = np.flatnonzero(np.isin(keep, taken))
     steps = np.diff(at)
     if len(at) and (len(steps) == 0 or (steps == steps[0]).all()):
-        step = int(steps[0]) if len(steps) else 1
-        return torch.ops.aten.slice.Tensor, {"self": x, "dim": dim, "start": int(at[0]), "end": int(at[-1]) + 1, "step": step}
-    return torch.ops.aten.index_select.default, {"self": x, "dim": dim, "index": at}
+        return x, dim, at, {"start": int(at[0]), "end": int(at[-1]) + 1, "step": int(steps[0]) if len(steps) else 1}
+    return x, dim, at, None
+
+
+def _squeeze(node: Node, cut: Cut) -> Edit:
+    """Axes of size 1 by name, so that an axis of which one position is left stays."""
+    x = node["self"]
+    if "dim" in node.args:
+        return {}
+    return torch.ops.aten.squeeze.dims, {"self": x, "dim": [i for i, n in enumerate(x.shape) if n == 1]}
 
 
 def _select(node: Node, cut: Cut) -> Edit:
@@ -181,9 +236,10 @@ def _select(node: Node, cut: Cut) -> Edit:
 
 def _repeat(node: Node, cut: Cut) -> Edit:
     new, old = cut.shape(node.outputs[0]), cut.shape(node["self"])
-    lead = len(new) - len(old)
     name = "repeats" if "repeats" in node.args else "dims"
-    return {name: [n // (old[i - lead] if i >= lead else 1) if isinstance(r, int) else r for i, (n, r) in enumerate(zip(new, node[name]))]}
+    times = node[name]
+    old = (1,) * (len(new) - len(old)) + old
+    return {name: [n // o if isinstance(r, int) else r for n, o, r in list(zip(new, old, [1] * (len(new) - len(times)) + times))]}
 
 
 def _repeat_interleave(node: Node, cut: Cut) -> Edit:
@@ -196,7 +252,7 @@ def _convolution(node: Node, cut: Cut) -> Edit:
         return {}
     channel = len(node["input"].shape) - len(node["weight"].shape) + 1
     channels, weight = cut.shape(node["input"])[channel], cut.shape(node["weight"])
-    transposed = node.op_type.startswith("conv_transpose")
+    transposed = node.args.get("transposed", node.op_type.startswith("conv_transpose"))
     if not transposed:
         return {"groups": channels // weight[1]}
     return {"groups": cut.shape(node.outputs[0])[channel] // weight[1]}
@@ -206,12 +262,22 @@ def _normalized_shape(node: Node, cut: Cut) -> Edit:
     return {"normalized_shape": list(cut.shape(node["input"])[-len(node["normalized_shape"]) :])}
 
 
-def _group_norm(node: Node, cut: Cut) -> Edit:
-    keep = cut.keep(node["input"], 1)
-    if keep is None:
-        return {}
-    per_group = node["input"].shape[1] // node["num_groups"]
-    return {"num_groups": len(np.unique(keep // per_group))}
+def _groups(operand: str, count: str) -> Callable[[Node, Cut], Edit]:
+    """How many groups of channels have any left."""
+
+    def edit(node: Node, cut: Cut) -> Edit:
+        keep = cut.keep(node[operand], 1)
+        if keep is None:
+            return {}
+        per_group = node[operand].shape[1] // node[count]
+        return {count: len(np.unique(keep // per_group))}
+
+    return edit
+
+
+def _native_group_norm(node: Node, cut: Cut) -> Edit:
+    shape = cut.shape(node["input"])
+    return {"N": shape[0], "C": shape[1], "HxW": math.prod(shape[2:]), **_groups("input", "group")(node, cut)}  # type: ignore[dict-item]
 
 
 def _attention(node: Node, cut: Cut) -> Edit:
@@ -231,22 +297,25 @@ def _count_argument(name: str) -> Callable[[Node, Cut], Edit]:
 
 
 LITERALS: Mapping[str, Callable[[Node, Cut], Edit]] = {
-    **dict.fromkeys(("view", "_unsafe_view"), _view),
+    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias"), _view),
     "expand": _target_shape("size"),
     "reshape": _target_shape("shape"),
     "broadcast_to": _target_shape("size"),
     "unflatten": _unflatten,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split),
-    "slice": _slice,
-    "narrow": _slice,
-    "select": _select,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "split_with_sizes_copy"), _split),
+    **dict.fromkeys(("slice", "narrow", "narrow_copy"), _slice),
+    "slice_scatter": _slice_scatter,
+    **dict.fromkeys(("select", "select_scatter"), _select),
+    "squeeze": _squeeze,
     "repeat": _repeat,
     "tile": _repeat,
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
-    "layer_norm": _normalized_shape,
-    "rms_norm": _normalized_shape,
-    "group_norm": _group_norm,
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), _normalized_shape),
+    "group_norm": _groups("input", "num_groups"),
+    "native_group_norm": _native_group_norm,
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _groups("self", "groups")),
     "scaled_dot_product_attention": _attention,
     "histc": _bins,
     "bincount": _count_argument("minlength"),
