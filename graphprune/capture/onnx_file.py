@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class OnnxSource:
 
     model: ir.Model
     path: Path | None = None
+    values: Mapping[ir.Value, Value] = field(default_factory=dict)  # of the whole file, also what the program folds away
 
 
 def capture_onnx(model: str | os.PathLike[str] | ir.Model | onnx.ModelProto, example_inputs: Any = None) -> Program:
@@ -62,6 +63,7 @@ def capture_onnx(model: str | os.PathLike[str] | ir.Model | onnx.ModelProto, exa
     kept = _prune(nodes, outputs)
     live = {v for node in Program(kept, (), (), {}, None, ()).walk() for v in node.inputs} | set(outputs) | set(_block_outputs(kept))
     weights = {name: v for name, v in reader.weights.items() if v in live and v.kind is Kind.PARAMETER}
+    source = replace(source, values=reader.values)
     program = Program(kept, tuple(inputs), tuple(outputs), weights, source, examples)
     for node in program.walk():
         for value in dict.fromkeys(node.inputs):
@@ -199,6 +201,12 @@ def arguments(node: ir.Node, opset: int | None, operand: Any) -> dict[str, Any]:
     args = {name: found.pop(name, None) for name in order} | found
     args |= {name: _plain(node, name, a) for name, a in node.attributes.items() if name not in schema.attributes and a.type not in _GRAPHS}
     return args | _changed_meaning(node, opset or 0)
+
+
+def operand_names(node: ir.Node, opset: int | None) -> list[str]:
+    """The names under which `arguments` gives the node's operands, in their order at this opset."""
+    schema = _schema(node.op_type, node.version if node.version is not None else opset, "" if node.domain == "ai.onnx" else node.domain)
+    return [_RENAMED.get((node.op_type, formal.name), formal.name) for formal in schema.inputs] if schema is not None else []
 
 
 _GRAPH_TYPES = (onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS)

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from graphprune.axes import Axis, Factor, size, sum_of
 from graphprune.errors import Reason
 from graphprune.program import Kind, Node, Value, leaves
 from graphprune.rules import families as fam
-from graphprune.rules.aten import Rule
+from graphprune.rules.aten_elementwise import Rule
 from graphprune.rules.engine import Engine
-from graphprune.rules.onnx_literals import LITERAL_OPERANDS, ints, slice_range
-
-
-def literal(operand: Any) -> list[int] | None:
-    """The integers of a literal operand; None where it is absent or only known when the model runs (see `is_known`)."""
-    return ints(operand.tensor if isinstance(operand, Value) else operand)
-
-
-def is_known(operand: Any) -> bool:
-    """Is a literal operand the same in every run?"""
-    return not isinstance(operand, Value) or operand.tensor is not None
-
-
-def rank(value: Value) -> int:
-    assert value.shape is not None
-    return len(value.shape)
-
-
-def _first(node: Node) -> Value:
-    return node.inputs[0]
-
-
-def _is_zero(operand: Any) -> bool:
-    tensor = operand.tensor if isinstance(operand, Value) and operand.kind is Kind.CONSTANT else None
-    return tensor is not None and tensor.numel() > 0 and not bool(tensor.any())
-
+from graphprune.rules.onnx_shapes import SHAPES, first, is_known, is_zero, literal, rank, sizes
 
 # ---- elementwise
 
@@ -48,12 +20,12 @@ def product(engine: Engine, node: Node) -> None:
 
 
 def total(engine: Engine, node: Node) -> None:
-    fam.pointwise(engine, node.inputs, *([v] for v in node.inputs if not _is_zero(v)))
+    fam.pointwise(engine, node.inputs, *([v] for v in node.inputs if not is_zero(v)))
 
 
 def scaled(engine: Engine, node: Node) -> None:
     """The first operand decides where the result vanishes."""
-    fam.pointwise(engine, node.inputs, [_first(node)])
+    fam.pointwise(engine, node.inputs, [first(node)])
 
 
 def opaque(engine: Engine, node: Node) -> None:
@@ -63,7 +35,7 @@ def opaque(engine: Engine, node: Node) -> None:
 
 def like_first(engine: Engine, node: Node) -> None:
     """f(0) == 0 of the first operand; the others only say how."""
-    x = _first(node)
+    x = first(node)
     for out in node.outputs:
         engine.set(out, engine.axes(x))
         engine.flow(out, [x])
@@ -72,7 +44,7 @@ def like_first(engine: Engine, node: Node) -> None:
 
 def opaque_like_first(engine: Engine, node: Node) -> None:
     for out in node.outputs:
-        engine.set(out, engine.axes(_first(node)))
+        engine.set(out, engine.axes(first(node)))
         engine.flow(out, ())
 
 
@@ -96,7 +68,7 @@ def power(engine: Engine, node: Node) -> None:
 
 
 def where(engine: Engine, node: Node) -> None:
-    fam.pointwise(engine, node.inputs, *([v] for v in (node["X"], node["Y"]) if not _is_zero(v)))
+    fam.pointwise(engine, node.inputs, *([v] for v in (node["X"], node["Y"]) if not is_zero(v)))
 
 
 def quantized(engine: Engine, node: Node) -> None:
@@ -117,29 +89,7 @@ def gemm(engine: Engine, node: Node) -> None:
 
 
 def einsum(engine: Engine, node: Node) -> None:
-    operands, equation = list(leaves(node["Inputs"])), node["equation"].replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if any(v.kind is Kind.CONSTANT for v in operands) or any(len(set(t.replace(".", ""))) != len(t.replace(".", "")) for t in terms):
-        return engine.unsupported(Reason.FIXED, "a repeated subscript or a constant operand")
-    if not arrow:
-        letters = left.replace(",", "").replace(".", "")
-        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-
-    def spaced(term: str) -> str:
-        return " ".join(term.replace("...", "~")).replace("~", "...")
-
-    named = {f"t{i}": v for i, v in enumerate(operands)}  # the operands live in a list; the notation wants names
-    engine.node = Node(node.name, node.domain, node.op_type, named, node.outputs, node.call)
-    engine.spec(" ".join(f"t{i}[{spaced(t)}]" for i, t in enumerate(terms)) + f" -> {spaced(right)}")
-    engine.node = node
-    if len(operands) == 2 and all(v in engine.from_input for v in operands) and "..." not in left:  # attention-like
-        for value, term, other in zip(operands, terms, reversed(terms)):
-            for axis, letter in zip(engine.axes(value), term):
-                if letter in other and letter in right:
-                    fam.mark_heads(engine, axis)
-                elif letter in other:
-                    engine.mark(axis, "head_dim")
+    fam.einsum(engine, node["equation"], list(leaves(node["Inputs"])))
 
 
 _CONV_MARKS = {"g": "conv", "i": "conv", "o": "conv"}
@@ -161,10 +111,9 @@ def attention(engine: Engine, node: Node) -> None:
     )
     grouped = q_heads != kv_heads
     marks = {"k": "kv_group", "q": "head", "d": "head_dim", "e": "head_dim"} if grouped else {"k": "head", "d": "head_dim", "e": "head_dim"}
-    at = len(engine.flows)
     engine.spec(line + ", b k _ d, b k _ e, b _ _ _", {"k": kv_heads, "q": q_heads // kv_heads}, marks=marks)
-    tokens = engine.axes(k)[2 if whole else 1]
-    engine.flows[at].over += (tokens,)  # the softmax neutralises removed positions itself
+    for value in (q, k):
+        engine.freeze(engine.axes(value)[2 if whole else 1], Reason.FIXED, "positions")
     mask, nonpad = node["attn_mask"], node["nonpad_kv_seqlen"]
     if mask is not None:
         dims = engine.axes(mask)
@@ -224,10 +173,11 @@ def recurrent(gates: int) -> Rule:
                 engine.equate(last, unit)
                 for axis in outer:
                     engine.freeze(axis, Reason.FIXED)
+        for axis in engine.axes(x)[:2]:
+            engine.freeze(axis, Reason.FIXED)
         terms = [[x, w], [x, r]] + ([[node["B"]]] if node["B"] is not None else [])
         for out in node.outputs:
-            assert out.shape is not None
-            engine.set(out, [*(engine.frozen(n) for n in out.shape[:-1]), unit])
+            engine.set(out, [*(engine.frozen(n) for n in sizes(out)[:-1]), unit])
             engine.flow(out, *terms, over=[unit])
 
     return rule
@@ -255,7 +205,7 @@ def group_norm(engine: Engine, node: Node) -> None:
     engine.spec(
         f"X[b (g c) *] scale[{per_channel}] + bias[{per_channel}] -> b (g c) *",
         sizes={"g": groups, "c": x.shape[1] // groups},
-        over="c",
+        over="c" if x.shape[1] > groups else "",
         marks={"c": "renorm"} if x.shape[1] > groups else {},
     )
 
@@ -267,7 +217,7 @@ def batch_norm(engine: Engine, node: Node) -> None:
 
 
 def mean_variance_norm(engine: Engine, node: Node) -> None:
-    fam.along(engine, _first(node), [a % rank(_first(node)) for a in node["axes"]], "fixed")
+    fam.along(engine, first(node), [a % rank(first(node)) for a in node["axes"]], "fixed")
 
 
 def softmax(engine: Engine, node: Node) -> None:
@@ -284,9 +234,7 @@ def reduction(neutral: str, zero_at_zero: bool = True) -> Rule:
         over = literal(axes) or []
         if not over and node.args.get("noop_with_empty_axes"):
             return like_first(engine, node) if zero_at_zero else opaque_like_first(engine, node)
-        fam.reduce(engine, x, over, bool(node["keepdims"]), neutral)
-        if not zero_at_zero:
-            engine.flow(node.outputs[0], (), over=engine.flows[-1].over)
+        fam.reduce(engine, x, over, bool(node["keepdims"]), neutral, zero_at_zero)
 
     return rule
 
@@ -307,276 +255,7 @@ def cumulative(neutral: str) -> Rule:
 
 def fixed_along(*names: str) -> Rule:
     """The shape stays; the axes that these attributes name may not move."""
-    return lambda engine, node: fam.along(engine, _first(node), [node[name] % rank(_first(node)) for name in names], "fixed")
-
-
-# ---- shapes
-
-
-def reshape(engine: Engine, node: Node) -> None:
-    fam.reshape(engine, _first(node))
-
-
-def transpose(engine: Engine, node: Node) -> None:
-    x = node["data"]
-    fam.permute(engine, x, node["perm"] if node["perm"] is not None else range(rank(x))[::-1])
-
-
-def concat(engine: Engine, node: Node) -> None:
-    fam.concat(engine, list(leaves(node["inputs"])), node["axis"])
-
-
-def split(engine: Engine, node: Node) -> None:
-    axis = node["axis"] % rank(node["input"])
-    fam.split(engine, node["input"], axis, [out.shape[axis] for out in node.outputs if out.shape])
-
-
-def slice_(engine: Engine, node: Node) -> None:
-    x, out = node["data"], node.outputs[0]
-    assert x.shape is not None and out.shape is not None
-    if not is_known(node["axes"]):
-        return engine.unsupported(Reason.FIXED, "axes that are only known when the model runs")
-    if is_known(node["starts"]):
-        count = len(literal(node["starts"]) or ())
-    else:
-        count = node["starts"].shape[0]
-    dims = list(engine.axes(x))
-    known = is_known(node["starts"]) and is_known(node["ends"]) and is_known(node["steps"])
-    starts, ends = (literal(node["starts"]) or [], literal(node["ends"]) or []) if known else ([0] * count, [0] * count)
-    steps = (literal(node["steps"]) if known else None) or [1] * count
-    for axis, start, end, step in zip(literal(node["axes"]) or range(count), starts, ends, steps):
-        axis %= rank(x)
-        taken = slice_range(x.shape[axis], start, end, step)
-        if known and step > 0 and axis not in x.dynamic and len(taken):
-            dims[axis] = fam.slice_axis(engine, x, axis, taken.start, taken.stop, step)
-        else:
-            engine.freeze(dims[axis], Reason.FIXED)
-            dims[axis] = engine.frozen(out.shape[axis])
-    engine.set(out, dims)
-    engine.flow(out, [x])
-    fam.keep_index(engine, x)
-
-
-def gather(engine: Engine, node: Node) -> None:
-    """Constant positions are a selection or a slice; other indices address the axis."""
-    x, picks = node["data"], node["indices"]
-    axis = node["axis"] % rank(x)
-    if picks.kind is Kind.CONSTANT and rank(picks) == 0:
-        return fam.select(engine, x, axis)
-    if picks.kind is Kind.CONSTANT and rank(picks) == 1:
-        at = np.asarray(picks.tensor) % max(x.shape[axis], 1)
-        if len(at) and (at == np.arange(at[0], at[0] + len(at))).all():
-            return fam.slice_(engine, x, axis, int(at[0]), int(at[-1]) + 1)
-    dims = engine.axes(x)
-    if x.kind is Kind.PARAMETER and axis == 0 and picks.kind is not Kind.CONSTANT:
-        engine.mark(dims[0], "vocab")
-    fam.index_axis(engine, dims[axis], picks)
-    engine.set(node.outputs[0], [*dims[:axis], *engine.axes(picks), *dims[axis + 1 :]])
-    engine.flow(node.outputs[0], [x])
-    fam.keep_index(engine, x)
-
-
-def _beside(engine: Engine, dims: Sequence[Axis], others: Sequence[Sequence[Axis]], axis: int) -> None:
-    """Element-wise gathers and scatters: all axes but one correspond."""
-    for i, a in enumerate(dims):
-        for other in others:
-            if i == axis:
-                continue
-            if size(a) == size(other[i]):
-                engine.equate(a, other[i])
-            else:
-                engine.freeze([*a, *other[i]], Reason.FIXED)
-
-
-def gather_elements(engine: Engine, node: Node) -> None:
-    x, picks = node["data"], node["indices"]
-    axis = node["axis"] % rank(x)
-    fam.index_axis(engine, engine.axes(x)[axis], picks)
-    _beside(engine, engine.axes(x), [engine.axes(picks)], axis)
-    engine.set(node.outputs[0], engine.axes(picks))
-    engine.flow(node.outputs[0], [x])
-    fam.keep_index(engine, x)
-
-
-def scatter_elements(engine: Engine, node: Node) -> None:
-    x, picks, updates = node["data"], node["indices"], node["updates"]
-    axis = node["axis"] % rank(x)
-    fam.index_axis(engine, engine.axes(x)[axis], picks)
-    _beside(engine, engine.axes(x), [engine.axes(picks), engine.axes(updates)], axis)
-    engine.equate(engine.axes(picks)[axis], engine.axes(updates)[axis])
-    engine.set(node.outputs[0], engine.axes(x))
-    engine.flow(node.outputs[0], [x], [updates])
-
-
-def gather_nd(engine: Engine, node: Node) -> None:
-    x, picks, out = node["data"], node["indices"], node.outputs[0]
-    dims, depth = engine.axes(x), picks.shape[-1] + node["batch_dims"]
-    for axis in (*dims[:depth], *engine.axes(picks)):
-        engine.freeze(axis, Reason.FIXED)
-    tail = dims[depth:]
-    engine.set(out, [*(engine.frozen(n) for n in out.shape[: rank(out) - len(tail)]), *tail])
-    engine.flow(out, [x])
-
-
-def scatter_nd(engine: Engine, node: Node) -> None:
-    x, picks, updates = node["data"], node["indices"], node["updates"]
-    dims, new, depth = engine.axes(x), engine.axes(updates), picks.shape[-1]
-    tail = dims[depth:]
-    lead = new[: len(new) - len(tail)]
-    for axis in (*dims[:depth], *engine.axes(picks), *lead):
-        engine.freeze(axis, Reason.FIXED)
-    for a, b in zip(tail, new[len(lead) :]):
-        engine.equate(a, b)
-    engine.set(node.outputs[0], dims)
-    engine.flow(node.outputs[0], [x], [updates])
-
-
-def topk(engine: Engine, node: Node) -> None:
-    if len(node.outputs) < 2 or not node.args.get("largest", 1):
-        return engine.unsupported(Reason.FIXED)
-    axis = node["axis"] % rank(node["X"])
-    fam.topk(engine, node["X"], axis, node.outputs[0].shape[axis])  # type: ignore[index]
-
-
-def one_hot(engine: Engine, node: Node) -> None:
-    x, out = node["indices"], node.outputs[0]
-    axis = node["axis"] % rank(out)
-    tag = engine.indexes.get(x)
-    hot = list(tag) if tag is not None and size(tag) == out.shape[axis] else engine.frozen(out.shape[axis])
-    dims = list(engine.axes(x))
-    dims.insert(axis, hot)
-    engine.freeze(engine.axes(node["values"])[0], Reason.FIXED)
-    engine.set(out, dims)
-    engine.flow(out, (), over=[hot])  # a masked unit is never indexed
-
-
-def expand(engine: Engine, node: Node) -> None:
-    fam.expand(engine, node["input"])
-
-
-def tile(engine: Engine, node: Node) -> None:
-    x, out = node["input"], node.outputs[0]
-    dims = []
-    for inner, length in zip(engine.axes(x), out.shape):
-        times = length // max(1, size(inner))
-        dims.append([*([Factor(times)] if times > 1 else []), *inner])
-    engine.set(out, dims)
-    engine.flow(out, [x])
-
-
-def _resized(engine: Engine, node: Node) -> None:
-    """Axes that keep their size stay; the others are fixed."""
-    x = _first(node)
-    dims = list(engine.axes(x))
-    for out in node.outputs:
-        assert x.shape is not None and out.shape is not None
-        for axis, (old, new) in enumerate(zip(x.shape, out.shape)):
-            if old != new:
-                engine.freeze(dims[axis], Reason.FIXED)
-                dims[axis] = engine.frozen(new)
-        engine.set(out, dims)
-        engine.flow(out, [x])
-
-
-def resize(engine: Engine, node: Node) -> None:
-    if node.args.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        return engine.unsupported(Reason.FIXED)
-    _resized(engine, node)
-
-
-def pad(engine: Engine, node: Node) -> None:
-    """Constant padding with zeros is a concat with frozen parts; other modes and values freeze the padded axes."""
-    x, out = node["data"], node.outputs[0]
-    if not is_known(node["axes"]):
-        return engine.unsupported(Reason.FIXED)
-    if not is_known(node["pads"]):
-        return _resized(engine, node)
-    over = [a % rank(x) for a in literal(node["axes"]) or range(rank(x))]
-    amounts = literal(node["pads"]) or []
-    fill = node["constant_value"]
-    zero = node["mode"] == "constant" and (fill is None or fill == 0 if not isinstance(fill, Value) else _is_zero(fill))
-    dims = list(engine.axes(x))
-    for axis, before, after in zip(over, amounts, amounts[len(over) :]):
-        if before == after == 0:
-            continue
-        if min(before, after) < 0 or not zero:
-            engine.freeze(dims[axis], Reason.FIXED)
-            dims[axis] = engine.frozen(out.shape[axis])
-        else:
-            parts = [engine.frozen(before)] * (before > 0) + [dims[axis]] + [engine.frozen(after)] * (after > 0)
-            dims[axis] = [sum_of(parts)]
-    engine.set(out, dims)
-    engine.flow(out, [x])
-
-
-def spatial(engine: Engine, node: Node) -> None:
-    """Pools: batch and channel stay, the other axes are fixed."""
-    x = _first(node)
-    dims = engine.axes(x)
-    for axis in dims[2:]:
-        engine.freeze(axis, Reason.FIXED)
-    for out in node.outputs:
-        assert out.shape is not None
-        engine.set(out, [*dims[:2], *(engine.frozen(n) for n in out.shape[2:])])
-        engine.flow(out, [x])
-
-
-def depth_to_space(engine: Engine, node: Node) -> None:
-    x, out = node["input"], node.outputs[0]
-    dims = engine.axes(x)
-    channel: Axis = [Factor(out.shape[1])] if out.shape[1] > 1 else []
-    block = engine.frozen(node["blocksize"] ** (rank(x) - 2))
-    engine.equate(dims[1], [*block, *channel] if node["mode"] == "DCR" else [*channel, *block])
-    for axis in dims[2:]:
-        engine.freeze(axis, Reason.FIXED)
-    engine.set(out, [dims[0], channel, *(engine.frozen(n) for n in out.shape[2:])])
-    engine.flow(out, [x])
-
-
-def space_to_depth(engine: Engine, node: Node) -> None:
-    x, out = node["input"], node.outputs[0]
-    dims = engine.axes(x)
-    block = engine.frozen(node["blocksize"] ** (rank(x) - 2))
-    for axis in dims[2:]:
-        engine.freeze(axis, Reason.FIXED)
-    channel = [*block, *dims[1]] if node.args.get("mode", "DCR") == "DCR" else [*dims[1], *block]
-    engine.set(out, [dims[0], channel, *(engine.frozen(n) for n in out.shape[2:])])
-    engine.flow(out, [x])
-
-
-def generated(engine: Engine, node: Node) -> None:
-    """Made from a shape: the axes are free, like a constant's."""
-    out = node.outputs[0]
-    value = node.args.get("value")
-    zeros = node.op_type == "ConstantOfShape" and (value is None or not bool(value.any()))
-    engine.set(out, engine.fresh(out))
-    engine.flow(out, (), over=engine.axes(out) if zeros else ())
-
-
-def shape_of(engine: Engine, node: Node) -> None:
-    """Sizes are computed anew after a cut. Where they are used for more than shapes, the axes they measure must keep their size."""
-    x = node["data"]
-    engine.set(node.outputs[0], [engine.frozen(n) for n in node.outputs[0].shape])
-    engine.flow(node.outputs[0], ())
-    if node.op_type == "Size" or not _only_shapes(node.outputs[0], x.dynamic):
-        for axis in engine.axes(x):
-            engine.freeze(axis, Reason.FIXED, "its size is used in arithmetic")
-
-
-_PASS_SHAPES_ON = {"Cast", "Concat", "Gather", "Identity", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape"}
-
-
-def _only_shapes(value: Value, dynamic: frozenset[int]) -> bool:
-    """Does a vector of sizes end in shapes only, or in sizes that are dynamic, hence frozen, anyway?"""
-    for use in value.uses:
-        if use.op_type == "Gather" and use["data"] is value and use["indices"].tensor is not None:
-            if {int(i) for i in np.asarray(use["indices"].tensor).reshape(-1)} <= dynamic:
-                continue
-        if any(v is value for name in LITERAL_OPERANDS.get(use.op_type, ()) for v in leaves([use.args.get(name)])):
-            continue
-        if use.op_type not in _PASS_SHAPES_ON or not all(v.kind is Kind.CONSTANT or _only_shapes(v, frozenset()) for v in use.outputs):
-            return False
-    return True
+    return lambda engine, node: fam.along(engine, first(node), [node[name] % rank(first(node)) for name in names], "fixed")
 
 
 ONNX: dict[str, Rule] = {
@@ -616,34 +295,7 @@ ONNX: dict[str, Rule] = {
     "CumProd": cumulative("fixed"),
     "ReverseSequence": fixed_along("time_axis", "batch_axis"),
     "Trilu": lambda engine, node: fam.along(engine, node["input"], [-1, -2], "fixed"),
-    # shapes
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), reshape),
-    "Transpose": transpose,
-    "Concat": concat,
-    "Split": split,
-    "Slice": slice_,
-    "Expand": expand,
-    "Tile": tile,
-    "Pad": pad,
-    "CenterCropPad": _resized,
-    "Resize": resize,
-    "Upsample": resize,
-    "DepthToSpace": depth_to_space,
-    "SpaceToDepth": space_to_depth,
-    "GridSample": "X[b c *] ; grid[b *] -> b c *",
-    **dict.fromkeys(("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), spatial),
-    "Shape": shape_of,
-    "Size": shape_of,
-    **dict.fromkeys("ConstantOfShape Range RandomNormal RandomUniform BlackmanWindow HammingWindow HannWindow".split(), generated),
-    # indices
-    "Gather": gather,
-    "GatherElements": gather_elements,
-    "GatherND": gather_nd,
-    **dict.fromkeys(("Scatter", "ScatterElements"), scatter_elements),
-    "ScatterND": scatter_nd,
-    "TopK": topk,
-    "OneHot": one_hot,
-    **dict.fromkeys(("NonZero", "Compress", "Unique", "NonMaxSuppression"), lambda engine, node: engine.unsupported(Reason.FIXED)),
+    **SHAPES,
     # elementwise, by how zeros pass
     **dict.fromkeys(("Mul", "And", "BitwiseAnd", "SwiGLU"), product),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean", "Max", "Min", "Or", "Xor", "BitwiseOr", "BitwiseXor"), total),
@@ -656,7 +308,6 @@ ONNX: dict[str, Rule] = {
     **dict.fromkeys(
         "Acos Acosh BitwiseNot Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not Reciprocal Sigmoid Softplus".split(), opaque_like_first
     ),
-    **dict.fromkeys("Bernoulli EyeLike RandomNormalLike RandomUniformLike".split(), opaque_like_first),
     **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), opaque),
     "Clip": clip,
     "Pow": power,

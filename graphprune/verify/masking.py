@@ -221,6 +221,28 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     **{("aten", op): _group_norm for op in ("group_norm", "native_group_norm")},
 }
 
+def _onnx_after(args: Mapping[str, Any]) -> range:
+    return range(args["axis"] % args["X"].dim(), args["X"].dim())
+
+
+def _onnx_group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    x, scale, bias = args["X"], args["scale"], args["bias"]
+    if scale.shape[0] != x.shape[1]:  # one per group, before opset 21
+        scale, bias = (t.repeat_interleave(x.shape[1] // scale.shape[0]) for t in (scale, bias))
+    return _group_norm({"input": x, "num_groups": args["num_groups"], "eps": args["epsilon"], "weight": scale, "bias": bias}, gone, compute)
+
+
+NEUTRAL |= {
+    **{("", op): fill(-torch.inf) for op in ("Softmax", "Hardmax", "TopK", "ArgMax", "ReduceMax", "ReduceLogSumExp")},
+    ("", "LogSoftmax"): zero_after(fill(-torch.inf)),
+    **{("", op): fill(torch.inf) for op in ("ReduceMin", "ArgMin")},
+    ("", "ReduceMean"): only_kept,
+    **{("", op): as_is for op in ("LSTM", "GRU", "RNN", "OneHot", "Gather", "GatherElements", "ScatterElements", "Scatter", "ConstantOfShape")},
+    ("", "LayerNormalization"): normalised("X", "Scale", "B", True, _onnx_after, lambda args: args["epsilon"]),
+    ("", "RMSNormalization"): normalised("X", "scale", "", False, _onnx_after, lambda args: args["epsilon"]),
+    ("", "GroupNormalization"): _onnx_group_norm,
+}
+
 UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
 
 __all__ = ["NEUTRAL", "UNDEFINED_AT_ZERO", "run_masked", "substitute"]
