@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.capture.torch_export import capture_torch
+from graphprune.ops.selective_scan import selective_scan
+from graphprune.ops.ssd import ssd_scan
 from graphprune.program import Program
 from tests.randomise import seeded
 
@@ -577,3 +579,25 @@ _rnn(nn.GRU, input_size=5, hidden_size=7)
 _rnn(nn.GRU, input_size=5, hidden_size=7, num_layers=2, bidirectional=True)
 _rnn(nn.RNN, input_size=5, hidden_size=7)
 _rnn(nn.RNN, input_size=5, hidden_size=7, nonlinearity="relu")
+
+# ---- ops of our own
+
+sample("selective_scan", lambda x, d, A, B, C: selective_scan(x, F.softplus(d), -A.exp(), B, C), (2, 3, 5), (2, 3, 5), (3, 4), (2, 4, 5), (2, 4, 5), domain="graphprune")
+sample(
+    "selective_scan",
+    lambda x, d, A, B, C, D, s: selective_scan(x, F.softplus(d), -A.exp(), B, C, D, s),
+    *((2, 3, 5), (2, 3, 5), (3, 4), (2, 4, 5), (2, 4, 5), (3,), (2, 3, 4)),
+    domain="graphprune",
+)
+sample(
+    "ssd_scan",
+    lambda x, d, A, B, C: ssd_scan(x, F.softplus(d), -A.exp(), B, C),
+    *((2, 5, 6, 7), (2, 5, 6), (6,), (2, 5, 3, 4), (2, 5, 3, 4)),
+    domain="graphprune",
+)
+sample(
+    "ssd_scan",
+    lambda x, d, A, B, C, D, s: ssd_scan(x, F.softplus(d), -A.exp(), B, C, D, s),
+    *((2, 5, 6, 7), (2, 5, 6), (6,), (2, 5, 2, 4), (2, 5, 2, 4), (6,), (2, 6, 7, 4)),
+    domain="graphprune",
+)

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from graphprune.rules import aten, onnx
+from graphprune.rules import aten, onnx, scans
 
 
 class _Rules(dict):
@@ -33,6 +33,8 @@ def _tables() -> Iterator[tuple[tuple[str, str], aten.Rule]]:
         yield ("aten", name), rule
     for name, rule in onnx.ONNX.items():
         yield ("", name), rule
+    for name, rule in scans.SCANS.items():
+        yield ("graphprune", name), rule
     yield ("transformers", "grouped_mm_fallback"), aten.ATEN["_grouped_mm"]
 
 

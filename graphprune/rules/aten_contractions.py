@@ -120,6 +120,7 @@ def attention(engine: Engine, node: Node) -> None:
         engine.spec("value[... s e] ; query[... l d] key[... s d] -> ... l e")
     keys = engine.axes(k)[-2]
     engine.flows[-1].over += (keys,)
+    engine.flows[-1].products = ((q, k),)
     for tokens in (keys, engine.axes(q)[-2]):
         engine.mark(tokens, "token")
         if node["is_causal"]:

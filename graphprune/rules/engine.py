@@ -247,4 +247,3 @@ class Engine:
                 over=[letters[c] for c in over.split() if c in letters],
                 summed=[axis for letter, axis in letters.items() if letter not in kept],
             )
-            self.flows[-1].products = (tuple(present[o] for o in spec.statistics if o in present),)

@@ -1,0 +1,33 @@
+"""Dim rules of our own ops: the state-space scans. Positions of the sequence are read one after the other, so that axis is fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graphprune.program import Node, Value
+from graphprune.rules.aten_elementwise import Rule
+from graphprune.rules.engine import Engine
+
+
+def _scan(engine: Engine, node: Node, x: str, shared: str, per_head: str, states: str, sizes: Mapping[str, int], marks: Mapping[str, str]) -> None:
+    """y = C (B x + what is left of the initial state) + D x, and the final state. The step sizes and A only say how fast the state decays."""
+    initial = node["initial_state"]
+    terms = [f"x[{x}] B[{shared}] C[{shared}]"]
+    terms += [f"D[{per_head}] x[{x}]"] * isinstance(node["D"], Value)
+    terms += [f"initial_state[{states}] C[{shared}]"] * isinstance(initial, Value)
+    decay = f"delta[{x}] A[{per_head} n]" if "delta" in node.args else f"dt[b _ {per_head}] A[{per_head}]"
+    engine.spec(f"{' + '.join(terms)} ; {decay} -> {x}, {states}", sizes=sizes, marks={"n": "ssm_state", **marks})
+    engine.flows[-1].terms = ((node["x"], node["B"]), *([(initial,)] if isinstance(initial, Value) else ()))  # C and D only read the state
+
+
+def selective_scan(engine: Engine, node: Node) -> None:
+    _scan(engine, node, "b d _", "b n _", "d", "b d n", {}, {})
+
+
+def ssd_scan(engine: Engine, node: Node) -> None:
+    groups = node["B"].shape[2]
+    sizes = {"g": groups, "q": node["x"].shape[2] // groups}
+    _scan(engine, node, "b _ (g q) p", "b _ g n", "(g q)", "b (g q) p n", sizes, {"g": "ssm_head", "q": "ssm_head", "p": "head_dim"})
+
+
+SCANS: dict[str, Rule] = {"selective_scan": selective_scan, "ssd_scan": ssd_scan}
