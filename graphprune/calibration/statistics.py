@@ -61,7 +61,7 @@ class Statistics:
 
     def generator(self, name: str) -> torch.Generator:
         """A random generator of its own for every name."""
-        return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))  # 32 bits are all it takes
 
     @cached_property
     def _first_order(self) -> Mapping[tuple[Value, int], Tensor]:
