@@ -153,6 +153,11 @@ class Choice:
     taken: int = 0
 
     @property
+    def kept(self) -> int:
+        """The option that changes nothing."""
+        return next(i for i, (new, _) in enumerate(self.options) if new == self.old)
+
+    @property
     def edit(self) -> Edit:
         return Edit(self.path, self.attribute, self.old, self.options[self.taken][0])
 
@@ -269,9 +274,12 @@ class Sizes:
         if not changed or _NO_SIZE.search(name):
             return ()
 
+        named = {new for new, label in changed if _fit(name, label) == 1 and not here[new, label]}
+
         def rank(key: tuple[int, Label]) -> tuple:
             fit = _fit(name, key[1])
-            first = 1 if fit == 1 else 0 if key == keep or (fit == 0 and not in_config and here[key] > 0) else -1
+            uneven = len(named) > 1 and not here[key]  # the layers below differ: no one size is theirs
+            first = 1 if fit == 1 and not uneven else 0 if key == keep or (fit == 0 and not in_config and here[key] > 0) else -1
             return (-first, -here[key], key != keep, -seen[key], key)
 
         return tuple(sorted({keep, *changed}, key=rank))

@@ -7,7 +7,8 @@ follows the `training` flag of the module it came from.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ from torch.utils import _pytree as pytree
 from graphprune.analysis import analyze
 from graphprune.capture.torch_export import TorchSource, capture_torch
 from graphprune.errors import GraphPruneError, InvalidInput
+from graphprune.execute.interpreter import run
 from graphprune.program import Kind, Node, Program
 from graphprune.surgery.attributes import scope_of
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.torch_graph import apply_cut
+from graphprune.verify.certificate import distance
+
+log = logging.getLogger("graphprune")
 
 _TRAINING_ARGUMENT = {"batch_norm": "training", "instance_norm": "use_input_stats", **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), "train"), "rrelu": "training"}
 
@@ -32,9 +37,12 @@ class EditedGraph(nn.Module):
     Args:
         shell: the module whose place this takes; its sub-modules and weights become this module's.
         pruned: the edited program; it was captured from a module of the same structure.
+        selections: flat input -> axis -> positions to take, for inputs that arrive with their old size.
     """
 
-    def __init__(self, shell: nn.Module, pruned: Program) -> None:
+    edited_graph = True  # told apart without an import
+
+    def __init__(self, shell: nn.Module, pruned: Program, selections: Mapping[int, Mapping[int, np.ndarray]] | None = None) -> None:
         super().__init__()
         source: TorchSource = pruned.source
         self._modules, self._parameters, self._buffers = shell._modules, shell._parameters, shell._buffers
@@ -49,10 +57,10 @@ class EditedGraph(nn.Module):
         self._captured, self._in_spec = pytree.tree_flatten(captured)
         self._captured = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self._captured]
         self._out_spec = source.graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-        self._graph = self._owned(source.graph_module, pruned)
+        self._graph = self._owned(source.graph_module, pruned, selections or {})
         self._compile()
 
-    def _owned(self, graph_module: fx.GraphModule, pruned: Program) -> fx.Graph:
+    def _owned(self, graph_module: fx.GraphModule, pruned: Program, selections: Mapping[int, Mapping[int, np.ndarray]]) -> fx.Graph:
         """The graph with this module as owner: constants become buffers that are not saved, mode flags are read when it runs."""
         programmed = {node.source: node for node in pruned.nodes}
         modules = dict(self.named_modules(remove_duplicate=False))
@@ -68,8 +76,24 @@ class EditedGraph(nn.Module):
                     constants[old.target] = new.target
             elif old in programmed:
                 self._follow_mode(graph, new, programmed[old], modules)
+        self._select(graph, selections)
         graph.set_codegen(fx.graph.CodeGen())
         return graph
+
+    def _select(self, graph: fx.Graph, selections: Mapping[int, Mapping[int, np.ndarray]]) -> None:
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        for i, keeps in selections.items():
+            value = inputs[i]
+            for axis, keep in keeps.items():
+                self.register_buffer(name := f"_kept_input_{i}_{axis}", torch.from_numpy(keep).to(self._device()), persistent=False)
+                with graph.inserting_after(inputs[-1]):
+                    positions = graph.get_attr(name)
+                with graph.inserting_after(positions):
+                    value = graph.call_function(torch.ops.aten.index_select.default, (value, axis, positions))
+            inputs[i].replace_all_uses_with(value, delete_user_cb=lambda user, own=inputs[i]: user.target is not torch.ops.aten.index_select.default or user.args[0] is not own or not str(user.args[2]).startswith("_kept_input"))
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _adopt(self, graph_module: fx.GraphModule, name: str, count: int) -> str:
         found: Any = graph_module
@@ -179,60 +203,91 @@ def _is_default(signature: inspect.Signature, name: str, value: Any) -> bool:
     return value is default or (isinstance(value, (bool, int, str, float)) and value == default) or (name == "return_dict" and value is True)
 
 
-# ---- graphs that take any batch size
+# ---- graphs for other input shapes
+
+GIVING_UP = (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError)
+
+# which axes of the inputs are left open, the freest first; the export closes those that the code fixes
+FREEDOMS: Mapping[str, Callable[[torch.Tensor, int], Iterable[int]]] = {
+    "any batch size and length": lambda x, length: (a for a in range(x.dim()) if a == 0 or (x.shape[a] == length and not (a == x.dim() - 1 == 2))),
+    "any batch size": lambda x, length: range(min(1, x.dim())),
+    "input sizes as captured": lambda x, length: (),
+}
+
+
+def _length(inputs: Sequence[Any]) -> int:
+    """The length of the sequences among flat inputs: token ids (batch, length) or features (batch, length, width); 0 if there are none."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    return next((x.shape[1] for x in tensors if (x.dim() == 2 and not x.is_floating_point()) or (x.dim() == 3 and x.is_floating_point())), 0)
 
 
 def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program) -> tuple[EditedGraph, str]:
-    """The whole network as its edited graph, with a free batch size if the network allows that; and a word about shapes."""
+    """The whole network as its edited graph, for as many input sizes as it allows; and a word about them."""
     source: TorchSource = program.source
-    try:
-        other = recaptured(source.module, source.args, source.kwargs)
-        return EditedGraph(shell, apply_cut(other, transferred(program, cut, other))), "any batch size"
-    except (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError):
-        return EditedGraph(shell, pruned), "input shapes as captured"
+    for freedom in list(FREEDOMS)[:-1]:
+        try:
+            other = recaptured(source.module, source.args, source.kwargs, freedom)
+            found = EditedGraph(shell, apply_cut(other, transferred(program, cut, other)))
+            _check(found, source, pruned)
+            return found, freedom
+        except GIVING_UP as error:
+            log.debug("no graph of %s for %s: %s", type(source.module).__name__, freedom, error)
+    return EditedGraph(shell, pruned), "input sizes as captured"
 
 
-def edited_submodule(original: nn.Module, path: str, args: tuple, kwargs: Mapping[str, Any], shell: nn.Module, program: Program, cut: Cut) -> EditedGraph:
+def _check(graph: EditedGraph, source: TorchSource, pruned: Program) -> None:
+    """Raises ValueError unless the graph computes what the edited one does."""
+    training = graph.training
+    with torch.no_grad():
+        got = pytree.tree_leaves(graph.eval()(*source.args, **source.kwargs))
+    graph.train(training)
+    error = distance(got, run(pruned, pruned.example_inputs))
+    if not error <= 1e-3:
+        raise ValueError(f"outputs differ by {error:.1e}")
+
+
+def edited_submodule(
+    original: nn.Module, path: str, call: tuple[tuple, Mapping[str, Any]], arriving: Sequence[Any], shell: nn.Module, program: Program, cut: Cut, freedom: str
+) -> EditedGraph:
     """One sub-module as its own edited graph.
 
     Args:
-        original: the sub-module before the cut; `args` and `kwargs` are a call of it.
+        original: the sub-module before the cut; `call` is a call of it.
+        arriving: flat arguments of that call in the pruned network, where what does not come from weights may have its old size.
         shell: the same sub-module of the pruned network.
 
     Raises:
         GraphPruneError: it does not export, or its own graph does not contain the cut.
     """
-    other = recaptured(original, args, kwargs)
-    return EditedGraph(shell, apply_cut(other, transferred(program, cut, other, f"{path}." if path else "")))
+    other = recaptured(original, *call, freedom)
+    new = transferred(program, cut, other, f"{path}." if path else "")
+    selections = {}
+    for i, (value, tensor) in enumerate(zip(other.inputs, arriving)):
+        if isinstance(tensor, torch.Tensor) and value.shape is not None:
+            keeps = {axis: keep for axis, keep in new.keeps(value).items() if tensor.dim() > axis and tensor.shape[axis] == value.shape[axis]}
+            if keeps:
+                selections[i] = keeps
+    return EditedGraph(shell, apply_cut(other, new), selections)
 
 
-def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    """Captured again, with the leading axis of every tensor left open if the module allows it; for integer inputs the second axis too."""
+def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], freedom: str) -> Program:
+    """Captured again with some axes of its inputs open."""
     signature = _signature(module)
     names, values = _arranged(signature, args, kwargs)
+    axes, length = FREEDOMS[freedom], _length(pytree.tree_leaves(values))
+    if "length" in freedom and not length:
+        raise InvalidInput("no input is a sequence")
     if any(n.startswith("*") for n in names):
         return capture_torch(module, args, kwargs)
 
-    def free(wanted: Any) -> Any:
-        def spec(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return None
-            axes = [0, 1] if wanted == 2 and leaf.dim() == 2 and not leaf.is_floating_point() else [0]
-            return {axis: torch.export.Dim.AUTO for axis in axes if axis < leaf.dim() and leaf.shape[axis] > 1} or None
+    def spec(leaf: Any) -> Any:
+        return {a: torch.export.Dim.AUTO for a in axes(leaf, length) if leaf.shape[a] > 1} or None if isinstance(leaf, torch.Tensor) else None
 
-        specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
-        extra = {n: s for n, s in specs.items() if n not in signature.parameters}
-        packed = {n: s for n, s in specs.items() if n in signature.parameters}
-        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        return {**packed, **({keywords: extra} if extra and keywords else {})}
-
-    tokens = any(isinstance(v, torch.Tensor) and v.dim() == 2 and not v.is_floating_point() for v in values)
-    for wanted in (2, 1) if tokens else (1,):
-        try:
-            return capture_torch(module, args, kwargs, free(wanted))
-        except GraphPruneError:
-            continue
-    return capture_torch(module, args, kwargs)
+    specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
+    extra = {n: s for n, s in specs.items() if n not in signature.parameters}
+    keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    shapes = {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
+    return capture_torch(module, args, kwargs, shapes)
 
 
 def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") -> Cut:

@@ -20,19 +20,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import GraphPruneError
 from graphprune.program import Program
 from graphprune.surgery.attributes import Choice, Sizes, known, layer_edits, scope_of
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Edit, Workspace, apply_edits, set_tensors
-from graphprune.surgery.fallback import EditedGraph, edited_graph, edited_submodule
+from graphprune.surgery.fallback import FREEDOMS, GIVING_UP, EditedGraph, edited_graph, edited_submodule
 from graphprune.surgery.substitutes import substitute_for
 from graphprune.verify.module import Failure, Reference
 
 log = logging.getLogger("graphprune")
 
-MAX_RUNS = 60  # forward runs of the search
-MAX_SECONDS = 20.0
+MAX_RUNS = 150  # forward runs of the search
+MAX_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class _Search:
         choices = [c for c in self.choices if c.path == path]
         singles: list[tuple[tuple[Choice, int], ...]] = [((c, i),) for c in choices for i in range(len(c.options)) if i != c.taken]
         pairs = [a + b for a, b in itertools.combinations(singles, 2) if a[0][0] is not b[0][0]]
-        for changes in (*singles, *pairs[:20]):
+        for changes in (*singles, *(pairs[:20] if path in self.computing else ())):
             if self._exhausted:
                 break
             before = [(c, c.taken) for c, _ in changes]
@@ -217,39 +216,73 @@ class _Search:
         return after
 
     def _graph_step(self, path: str, failure: Failure) -> Failure | None:
-        """The module, and all of its class that were cut, run their piece of the edited graph."""
-        name = type(self.workspace.module(path)).__qualname__
-        siblings = [path, *(p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing and not _nested(p, path))]
-        calls = self._recorded(siblings)
+        """The module, and all of its class that meet the cut, run their piece of the edited graph.
+
+        If that is not enough, once more with the sizes of the modules around them as they were: a table that those compute (ALiBi slopes) is then cut where it is used.
+        """
+        around = [c for c in self.choices if c.taken != c.kept and (not c.path or path.startswith(c.path + "."))]
+        for outer, freedom in itertools.product((False, True) if around else (False,), FREEDOMS):
+            if self._exhausted:
+                break
+            before = [(c, c.taken) for c in around]
+            if outer:
+                for choice in around:
+                    choice.taken = choice.kept
+                    self._set(choice)
+            done = self._graphs([path], freedom)
+            after = self._run() if done else failure
+            if done and (after is None or after.position > failure.position):
+                return self._graphs_of_siblings(path, freedom, done, after, failure.reason)
+            self._undo(done)
+            for choice, taken in before:
+                choice.taken = taken
+                self._set(choice)
+        return failure
+
+    def _graphs_of_siblings(self, path: str, freedom: str, done: list[tuple[str, nn.Module]], after: Failure | None, reason: str) -> Failure | None:
+        """The same for all modules of this class, kept if that is no step back."""
+        name = type(done[0][1]).__qualname__
+        siblings = [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing and not _nested(p, path)]
+        more = self._graphs(siblings, freedom) if after is not None else []
+        if more:
+            together = self._run()
+            if together is None or (after is not None and together.position >= after.position):
+                done, after = done + more, together
+            else:
+                self._undo(more)
+        for p, shell in done:
+            self.substitutes[p] = "graph"
+            self.notes.append(f"{p}: the code of {type(shell).__name__} cannot express the cut ({reason}), so it runs its edited graph, for {freedom}")
+        return after
+
+    def _undo(self, done: list[tuple[str, nn.Module]]) -> None:
+        for p, shell in done:
+            self.workspace.replace(p, shell)
+
+    def _graphs(self, paths: list[str], freedom: str) -> list[tuple[str, nn.Module]]:
+        """Replaces modules by their edited graphs; the path and the former module of each that was."""
+        original = self.program.source.module
+        calls, arriving = self._recorded(original, paths), self._recorded(self.module, paths)
+        modules = dict(original.named_modules())
         done: list[tuple[str, nn.Module]] = []
-        for p in siblings:
+        for p in paths:
             shell = self.workspace.module(p)
             if p not in calls or isinstance(shell, EditedGraph):
                 continue
+            flat = pytree.tree_leaves(arriving.get(p, calls[p]))
             try:
-                new = edited_submodule(dict(self.program.source.module.named_modules())[p], p, *calls[p], shell, self.program, self.cut)
-            except (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError) as error:
-                log.debug("%s has no graph of its own: %s", p, error)
-                if p == path:
-                    break
+                new = edited_submodule(modules[p], p, calls[p], flat, shell, self.program, self.cut, freedom)
+            except GIVING_UP as error:
+                log.debug("%s has no graph of its own for %s: %s", p, freedom, error)
                 continue
             done.append((p, shell))
             self.workspace.replace(p, new)
-        after = self._run() if done else failure
-        if done and (after is None or after.position > failure.position):
-            for p, shell in done:
-                self.substitutes[p] = "graph"
-                self.notes.append(f"{p}: the Python code of {type(shell).__name__} cannot express the cut ({failure.reason}), it runs its edited graph")
-            self.deadline += 5
-            return after
-        for p, shell in done:
-            self.workspace.replace(p, shell)
-        return failure
+        return done
 
-    def _recorded(self, paths: list[str]) -> dict[str, tuple[tuple, dict[str, Any]]]:
-        """Arguments of the first call of some modules of the original network."""
+    def _recorded(self, module: nn.Module, paths: list[str]) -> dict[str, tuple[tuple, dict[str, Any]]]:
+        """Arguments of the first call of some modules, as far as the network runs."""
         found: dict[str, tuple[tuple, dict[str, Any]]] = {}
-        modules = dict(self.program.source.module.named_modules())
+        modules = dict(module.named_modules())
 
         def listen(path: str) -> Any:
             def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -260,7 +293,9 @@ class _Search:
 
         handles = [modules[p].register_forward_pre_hook(listen(p), with_kwargs=True) for p in paths if p in modules]
         try:
-            self.reference.call(self.program.source.module, self.reference.inputs[0])
+            self.reference.call(module, self.reference.inputs[0])
+        except Exception as error:  # a network that is not finished
+            log.debug("recorded calls up to %s", error)
         finally:
             for handle in handles:
                 handle.remove()

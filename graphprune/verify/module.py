@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 DOUBTFUL = 1e-2  # an error below this is looked at again in float64
 DOUBLE_LIMIT = 50_000_000  # parameters
 
+Heard = dict[str, list[list[torch.Tensor]]]  # module path -> per call, the tensors that it returned
+
 
 @dataclass(frozen=True)
 class Failure:
     """What went wrong first."""
 
     reason: str
-    position: int  # index of the first node whose module computed something else; the number of nodes if only the outputs differ
+    position: int  # nodes of the graph up to here are computed right; the number of nodes if the outputs differ on other inputs only
     suspects: tuple[str, ...] = ()  # paths of modules, the likeliest first
 
 
@@ -52,7 +55,6 @@ class Reference:
         self.dtype = next((v.dtype for v in program.weights.values() if v.is_weight), torch.float32)
         self.expected = [run(pruned, flat) for flat in self.inputs]
         self.tolerance = TOLERANCE.get(self.dtype, 1e-4)  # type: ignore[arg-type]
-        self._trace: tuple[list[Any], dict[str, list[tuple[int, torch.Tensor]]]] | None = None
         self._batched: bool | None = None
 
     # ---- outputs
@@ -122,21 +124,19 @@ class Reference:
     # ---- where it went wrong
 
     @contextlib.contextmanager
-    def _listening(self, module: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
-        """Outputs of every layer that holds weights, call by call."""
-        heard: dict[str, list[torch.Tensor]] = {}
+    def _listening(self, module: nn.Module) -> Iterator[Heard]:
+        """The tensors that every module returns, call by call."""
+        heard: Heard = {}
         handles = []
 
         def listen(path: str) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                first = next((t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)), None)
-                if first is not None:
-                    heard.setdefault(path, []).append(first.detach().clone())
+                heard.setdefault(path, []).append([t.detach().clone() for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)])
 
             return hook
 
         for path, layer in module.named_modules():
-            if not layer._modules and (layer._parameters or layer._buffers):
+            if path and path in self._outlets:
                 handles.append(layer.register_forward_hook(listen(path)))
         try:
             yield heard
@@ -144,62 +144,83 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
-    def _expected_layers(self) -> dict[str, list[tuple[int, torch.Tensor]]]:
-        """Path -> (position of the node, value) of every call of a layer, from the edited graph."""
-        if self._trace is None:
-            found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-            at = {node: i for i, node in enumerate(self.pruned.nodes)}
-            open_call: dict[str, str] = {}
+    @cached_property
+    def _outlets(self) -> dict[str, list[int]]:
+        """Path of a module -> positions of the nodes below it whose values are read outside of it."""
+        found: dict[str, list[int]] = {}
+        finals = set(self.pruned.outputs)
+        for i, node in enumerate(self.pruned.nodes):
+            readers = {plain(user.scope) for value in node.outputs for user in value.uses}
+            path = plain(node.scope)
+            while path:
+                if finals & set(node.outputs) or any(not f"{reader}.".startswith(f"{path}.") for reader in readers):
+                    found.setdefault(path, []).append(i)
+                path = path.rpartition(".")[0]
+        return found
 
-            def record(node: Node, args: Any, compute: Any) -> Any:
-                results = compute(args)
-                if node in at and results and isinstance(results[0], torch.Tensor):
-                    path = plain(node.scope)
-                    entry = (at[node], results[0].detach().clone())
-                    calls = found.setdefault(path, [])
-                    if calls and open_call.get(path) == node.scope and calls[-1][0] == at[node] - 1:
-                        calls[-1] = entry
-                    else:
-                        calls.append(entry)
-                    open_call[path] = node.scope
-                return results
+    @cached_property
+    def _expected_layers(self) -> tuple[dict[str, list[tuple[int, torch.Tensor]]], dict[int, torch.Tensor]]:
+        """Path -> (position of the node, value) of every call of a module that runs nodes of its own; position -> value of outlets."""
+        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        values: dict[int, torch.Tensor] = {}
+        at = {node: i for i, node in enumerate(self.pruned.nodes)}
+        outlets = {i for positions in self._outlets.values() for i in positions}
+        open_call: dict[str, str] = {}
 
-            run(self.pruned, self.inputs[0], intercept=record)
-            self._trace = ([], found)
-        return self._trace[1]
+        def record(node: Node, args: Any, compute: Any) -> Any:
+            results = compute(args)
+            if node in at and results and isinstance(results[0], torch.Tensor):
+                path, position = plain(node.scope), at[node]
+                entry = (position, results[0].detach().clone())
+                calls = found.setdefault(path, [])
+                if calls and open_call.get(path) == node.scope and calls[-1][0] == position - 1:
+                    calls[-1] = entry
+                else:
+                    calls.append(entry)
+                open_call[path] = node.scope
+                if position in outlets:
+                    values[position] = entry[1]
+            return results
 
-    def _located(self, module: nn.Module, heard: dict[str, list[torch.Tensor]], reason: str, exception: BaseException | None = None) -> Failure:
+        run(self.pruned, self.inputs[0], intercept=record)
+        return found, values
+
+    def _located(self, module: nn.Module, heard: Heard, reason: str, exception: BaseException | None = None) -> Failure:
+        """Layers with weights are compared call by call, modules that run a graph by what leaves them, in the order of the graph."""
+        parts = dict(module.named_modules())
+        layers, values = self._expected_layers
+        calls: list[tuple[int, list[torch.Tensor], list[torch.Tensor]]] = []
+        for path, part in parts.items():
+            got = heard.get(path, [])
+            if hasattr(part, "edited_graph"):
+                outlets = [i for i in self._outlets.get(path, ()) if i in values]
+                if got and outlets:
+                    calls.append((outlets[-1], [values[i] for i in outlets], got[-1]))
+            elif not part._modules and (part._parameters or part._buffers):
+                calls += [(position, [value], g) for (position, value), g in zip(layers.get(path, ()), got) if len(g) == 1]
         good, bad = -1, len(self.pruned.nodes)
-        calls: list[tuple[int, str, torch.Tensor, torch.Tensor | None]] = []
-        for path, expected in self._expected_layers().items():
-            for k, (position, value) in enumerate(expected):
-                if path in heard or exception is not None:
-                    got = heard.get(path, [])
-                    calls.append((position, path, value, got[k] if k < len(got) else None))
-        for position, _path, value, got in sorted(calls, key=lambda call: call[0]):
-            if got is None:
-                continue
-            if got.shape == value.shape and (not value.is_floating_point() or distance([got], [value]) <= max(10 * self.tolerance, 1e-3)):
+        for position, expected, got in sorted(calls, key=lambda call: call[0]):
+            if any(self._close(t, value) for t in got for value in expected):
                 good = position
             else:
                 bad = position
                 break
-        names = {id(m): path for path, m in module.named_modules()}
         suspects: list[str] = []
         if exception is not None and bad == len(self.pruned.nodes):
-            frame, stack = exception.__traceback__, []
+            names = {id(part): path for path, part in parts.items()}
+            frame = exception.__traceback__
             while frame is not None:
-                owner = frame.tb_frame.f_locals.get("self")
-                if id(owner) in names:
-                    stack.append(names[id(owner)])
+                owner = id(frame.tb_frame.f_locals.get("self"))
+                if owner in names:
+                    suspects.insert(0, names[owner])
                 frame = frame.tb_next
-            suspects += stack[::-1]
-            bad = good + 1
         else:
-            for node in self.pruned.nodes[good + 1 : bad + 1][::-1]:
-                suspects.append(plain(node.scope))
-        chain = [p for path in suspects for p in (path, path.rpartition(".")[0])] if suspects else []
-        return Failure(reason, bad, tuple(dict.fromkeys([*suspects, *chain, ""])))
+            suspects += [plain(node.scope) for node in self.pruned.nodes[good + 1 : bad + 1][::-1]]
+        around = [path.rpartition(".")[0] for path in suspects]
+        return Failure(reason, good + 1, tuple(dict.fromkeys([*suspects, *around, ""])))
+
+    def _close(self, got: torch.Tensor, value: torch.Tensor) -> bool:
+        return got.shape == value.shape and (not value.is_floating_point() or distance([got], [value]) <= max(10 * self.tolerance, 1e-3))
 
     # ---- training and decoding
 
