@@ -1,47 +1,56 @@
-"""Backends by name: what runs a result. One row each; a backend is a function from a result to something callable like the model."""
+"""Backends by name: each lowers a result to something callable like the model. A new one is a file and a line in `BACKENDS`."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from graphprune.errors import InvalidInput, MissingExtra
+from graphprune.measure import Stats
+
+
+class Runner(Protocol):
+    """What a backend makes: takes the model's inputs, gives its outputs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def measure(self, *args: Any, repeats: int = 20, **kwargs: Any) -> Stats:
+        """Latency of a call with these inputs."""
+        ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How a result is run, and what must be installed for it."""
+    """Where a backend is, and what must be installed for it."""
 
-    lower: Callable[[Any], Callable[..., Any]]
+    target: str  # "module:callable"; callable(result, **options) -> Runner
     needs: str = ""  # an importable module
     extra: str = ""  # the extra that installs it
 
-
-def _torch(result: Any) -> Callable[..., Any]:
-    return result.module
-
-
-def _onnxruntime(result: Any) -> Callable[..., Any]:
-    from graphprune.backends.onnxruntime import OnnxRuntimeModel
-
-    return OnnxRuntimeModel(result)
+    def lower(self, result: Any, **options: Any) -> Runner:
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)(result, **options)
 
 
-BACKENDS = {
-    "torch": Backend(_torch),
-    "onnxruntime": Backend(_onnxruntime, "onnxruntime", "onnxruntime"),
+BACKENDS: Mapping[str, Backend] = {
+    "torch": Backend("graphprune.backends.torch:TorchModel"),
+    "onnxruntime": Backend("graphprune.backends.onnxruntime:OnnxRuntimeModel", "onnxruntime", "onnxruntime"),
 }
+NOT_YET: Mapping[str, str] = {"triton": "its kernels run sparse weights, and masks are not implemented yet"}
 
 
 def check_backend(name: str) -> Backend:
     """The backend of this name, ready to be used.
 
     Raises:
-        InvalidInput: if there is none.
-        MissingExtra: if what it needs is not installed.
+        InvalidInput: there is none of this name, or not yet.
+        MissingExtra: what it needs is not installed.
     """
+    if name in NOT_YET:
+        raise InvalidInput(f"backend {name!r} is not there yet: {NOT_YET[name]}; use one of {', '.join(BACKENDS)}")
     if name not in BACKENDS:
         raise InvalidInput(f"backend is one of {', '.join(BACKENDS)}, found {name!r}")
     backend = BACKENDS[name]
@@ -50,6 +59,6 @@ def check_backend(name: str) -> Backend:
     return backend
 
 
-def lower(result: Any, name: str) -> Callable[..., Any]:
-    """The result as a callable that takes the model's inputs."""
-    return check_backend(name).lower(result)
+def lower(result: Any, name: str, **options: Any) -> Callable[..., Any]:
+    """The result as a callable that takes the model's inputs; the options are those of the backend's class."""
+    return check_backend(name).lower(result, **options)

@@ -223,7 +223,7 @@ class GraphPruneBackend:
         return {**made, **known}, len(known)
 
     def _verified(self, graph: DynamoGraph, pruned: Program, cut: Cut, plan: Plan) -> str:
-        if not self.own.get("verify", True) or graph.random or graph.written:
+        if not self.own.get("verify", True) or graph.random or graph.written or graph.writes_inputs:
             return ""
         with _no_autocast(graph.program.example_inputs):
             certificate = certify(graph.program, pruned, cut, seeds=(0,), plan_hash=plan.hash)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = """
 errors
-axes files
+axes files measure
 checkpoints
 program
 units samples
@@ -24,7 +24,7 @@ capture
 costs
 calibration importance plan
 surgery.cut
-allocation
+allocation layer_costs
 planning
 surgery repair
 verify
@@ -45,7 +45,7 @@ cli
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
-BACKENDS_MAY_USE = {"errors", "files", "program", "units", "execute", "plan", "ops", "backends"}
+BACKENDS_MAY_USE = {"errors", "files", "measure", "program", "units", "execute", "plan", "ops", "backends"}
 FOLDERS = {"graphprune": "", "passes": "passes", "backends": "backends"}
 
 # Upward imports inside functions, each with the reason why it is there.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class DynamoGraph:
     arguments: tuple[Argument, ...]
     written: frozenset[str]  # weights that the graph writes to, batch statistics among them
     random: bool  # draws random numbers
+    writes_inputs: bool
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -54,22 +55,30 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [p.meta.get("example_value", x) for p, x in zip(placeholders, example_inputs)]
     try:
         traced = _traced(graph_module, fakes)
-        if _writes_through_aliases(traced.graph):
-            if _written(traced.graph, {node: node.name for node in traced.graph.find_nodes(op="placeholder")}):
-                raise CaptureError("it writes to an argument that it reads again under another name")
+        inputs, weights = _by_role(traced, arguments)
+        if _writes_through_aliases(traced.graph, inputs):  # inputs are frozen along all axes: they may be written, as key-value caches are
+            if _written(traced.graph, dict.fromkeys((*inputs, *weights), "an argument"), by_views=True):
+                raise CaptureError("it writes to an argument, and to memory that it reads again under another name")
             traced = _traced(graph_module, fakes, functional=True)
+            inputs, weights = _by_role(traced, arguments)
+        written = _written(traced.graph, weights)
     except Exception as error:  # a backend sees whatever the user's ops raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CaptureError(f"the graph from torch.compile cannot be traced to ATen ops: {first}") from error
-    weights = {a.weight: tensor for a, tensor in zip(arguments, example_inputs) if a.weight is not None}
-    written = _written(traced.graph, {node: a.weight for node, a in zip(traced.graph.find_nodes(op="placeholder"), arguments)})
+        raise CaptureError(f"the graph from torch.compile cannot be captured: {first}") from error
+    tensors = {a.weight: tensor for a, tensor in zip(arguments, example_inputs) if a.weight is not None}
     random = any(_draws(node) for node in traced.graph.nodes)
-    module = _with_weights(traced, arguments, weights)
-    inputs = tuple(x.node.hint if isinstance(x, torch.SymInt) else x for a, x in zip(arguments, example_inputs) if a.weight is None)
-    source = TorchSource(module, module, inputs, {})
-    program = from_graph_module(module, inputs, source)
+    module = _with_weights(traced, arguments, tensors)
+    given = tuple(x.node.hint if isinstance(x, torch.SymInt) else x for a, x in zip(arguments, example_inputs) if a.weight is None)
+    program = from_graph_module(module, given, TorchSource(module, module, given, {}))
     _free_known_sizes(program)
-    return DynamoGraph(program, arguments, written, random)
+    writes_inputs = bool(_written(traced.graph, dict.fromkeys(inputs, "an input"), by_views=True))
+    return DynamoGraph(program, arguments, written, random, writes_inputs)
+
+
+def _by_role(traced: fx.GraphModule, arguments: Sequence[Argument]) -> tuple[list[fx.Node], dict[fx.Node, str]]:
+    """Placeholders of inputs, and those of weights with their names."""
+    nodes = list(zip(traced.graph.find_nodes(op="placeholder"), arguments))
+    return [n for n, a in nodes if a.weight is None], {n: a.weight for n, a in nodes if a.weight is not None}
 
 
 def _free_known_sizes(program: Program) -> None:
@@ -129,11 +138,11 @@ def _traced(graph_module: fx.GraphModule, inputs: Sequence[Any], functional: boo
 _BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}  # they write to buffers, which their schemas do not say
 
 
-def _written(graph: fx.Graph, weights: dict[fx.Node, str | None]) -> frozenset[str]:
-    """Names of weights that an op of the graph writes to.
+def _written(graph: fx.Graph, arguments: Mapping[fx.Node, str], by_views: bool = False) -> frozenset[str]:
+    """Names of those arguments that an op of the graph writes to.
 
     Raises:
-        CaptureError: a write goes through a view of a weight.
+        CaptureError: a write goes through a view of one, so that it cannot be told what to write back, and `by_views` is not set.
     """
     found: set[str] = set()
     views: dict[fx.Node, str] = {}
@@ -144,14 +153,15 @@ def _written(graph: fx.Graph, weights: dict[fx.Node, str | None]) -> frozenset[s
             alias = argument.alias_info
             if not isinstance(given, fx.Node) or alias is None:
                 continue
-            if alias.is_write and given in views:
-                raise CaptureError(f"the graph from torch.compile writes to a view of {views[given]!r}")
-            owner = weights.get(given) or views.get(given)
-            if alias.is_write and owner:
+            owner = arguments.get(given) or views.get(given)
+            if owner is None:
+                continue
+            views[node] = owner
+            if alias.is_write and given in views and not by_views:
+                raise CaptureError(f"it writes to a view of {owner!r}")
+            if alias.is_write:
                 found.add(owner)
-            elif owner:
-                views[node] = owner
-        found.update(name for given in batch_statistics(node) if (name := weights.get(given)))
+        found.update(arguments[given] for given in batch_statistics(node) if given in arguments)
     return frozenset(found)
 
 

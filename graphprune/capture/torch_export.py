@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,8 +128,8 @@ def _inlined(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _writes_through_aliases(graph: fx.Graph) -> bool:
-    """Does an in-place op write into memory that is read again under another name?"""
+def _writes_through_aliases(graph: fx.Graph, frozen: Collection[fx.Node] = ()) -> bool:
+    """Does an in-place op write into memory, other than that of `frozen` values, that is read again under another name?"""
     order = {node: i for i, node in enumerate(graph.nodes)}
     root: dict[fx.Node, fx.Node] = {}
     members: dict[fx.Node, list[fx.Node]] = {}
@@ -147,7 +147,7 @@ def _writes_through_aliases(graph: fx.Graph) -> bool:
             if alias is None or not isinstance(given, fx.Node):
                 continue
             base = root.get(given, given)
-            if alias.is_write:
+            if alias.is_write and base not in frozen:
                 for name in {base, *members.get(base, ())}:
                     if name is not given and any(order[u] > order[node] for u in name.users):
                         return True
