@@ -243,7 +243,7 @@ KIND_OF_MARK = (  # the first mark that a factor carries names its kind
     ("kv_group", "kv_group"),
     ("head", "head"),
     ("head_dim", "head_dim"),
-    ("renorm", "hidden"),
+    ("hidden", "hidden"),
     ("vocab", "vocab"),
     ("conv", "channel"),
 )

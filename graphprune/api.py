@@ -18,6 +18,7 @@ from torch import nn
 
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
 from graphprune.errors import CaptureError, InvalidInput, VerificationFailed
+from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.report import Footprint, Frozen, GroupSummary, PassRecord, Report, changes
@@ -193,6 +194,8 @@ def apply(
 
             with clock("repair"):
                 pruned = repaired(program, cut, pruned, plan.repair, calibration_data)
+    with clock("measure"):
+        times = op_times(program, pruned)
     from graphprune.capture.torch_export import TorchSource
 
     if isinstance(program.source, TorchSource):
@@ -202,15 +205,14 @@ def apply(
             written = write_back(program, cut, pruned, inplace=inplace)
         module = written.module
         notes += list(written.notes)
-    report = _report(program, pruned, cut, plan, certificate, notes, clock.seconds)
+    report = _report(program, pruned, cut, plan, certificate, notes, times, clock.seconds)
     return Result(program, pruned, plan, report, certificate, backend, module, written)
 
 
 def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
     weights = sum(v.tensor.numel() for v in program.weights.values() if v.tensor is not None)
     dtype = torch.float64 if verify == "full" or weights <= 200e6 else torch.float32
-    seeds = (0, 1, 2) if verify == "full" or weights <= 5e6 else (0,)
-    certificate = certify(program, pruned, cut, seeds=seeds, dtype=dtype, plan_hash=plan.hash)
+    certificate = certify(program, pruned, cut, dtype=dtype, plan_hash=plan.hash, seconds=float("inf") if verify == "full" else 2.0)
     if certificate.status == "failed":
         raise VerificationFailed(f"the pruned network is not the masked network: {certificate}; " + " ".join(certificate.notes))
     return certificate
@@ -231,7 +233,7 @@ class _Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate: Certificate | None, notes: Sequence[str], seconds: Mapping[str, float]) -> Report:
+def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate: Certificate | None, notes: Sequence[str], times: tuple[Times, str], seconds: Mapping[str, float]) -> Report:
     from graphprune import costs
 
     before, after = costs.footprint(program), costs.footprint(pruned)
@@ -243,6 +245,8 @@ def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate
         model=type(program.source.module).__name__ if hasattr(program.source, "module") else Path(getattr(program.source, "path", None) or "model.onnx").name,
         plan_hash=plan.hash,
         layers=changes({n: v.shape or () for n, v in program.weights.items()}, {n: v.shape or () for n, v in pruned.weights.items()}),
+        costs=layer_costs(program, cut, times[0]),
+        timing=times[1],
         groups=tuple(GroupSummary.of(g, g.size - len(cut.removed.get(g.name, ()))) for g in analysis.groups),
         not_prunable=tuple(frozen.values()),
         passes=(PassRecord("structured", seconds.get("surgery", 0.0), f"{before.params - after.params} parameters removed"),),

@@ -210,6 +210,16 @@ def normalize_axes(engine: Engine, node: Node) -> None:
 BATCH_NORM = "input[b c ...] weight[c] + running_mean[c] weight[c] + bias[c] ; running_var[c] -> b c ..."
 
 
+def batch_norm(engine: Engine, node: Node) -> None:
+    """In evaluation an affine map; with statistics of the batch (weight standardisation is written so) a norm over all axes but the channel."""
+    engine.spec(BATCH_NORM)
+    if node.args.get("training"):
+        over = [axis for i, axis in enumerate(engine.axes(node["input"])) if i != 1]
+        for axis in over:
+            engine.mark(axis, "renorm")
+        engine.flows[-1].over += tuple(over)
+
+
 def instance_norm(engine: Engine, node: Node) -> None:
     if not node["use_input_stats"]:
         return engine.spec(BATCH_NORM)
@@ -287,7 +297,8 @@ REDUCTIONS: dict[str, Rule] = {
 }
 
 NORMS: dict[str, Rule] = {
-    **dict.fromkeys(("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training"), BATCH_NORM),
+    **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
+    "_native_batch_norm_legit_no_training": BATCH_NORM,
     "instance_norm": instance_norm,
     **dict.fromkeys(("group_norm", "native_group_norm"), group_norm),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), normalize_axes),

@@ -173,6 +173,8 @@ def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral
     if neutral == "renorm":
         for axis in over:
             engine.mark(axis, "renorm")
+        if axes == [len(dims) - 1]:  # the average over features of a norm that is written out
+            engine.mark(over[0], "hidden")
     kept = [([] if i in axes else a) for i, a in enumerate(dims) if keepdim or i not in axes]
     for out in engine.node.outputs:
         engine.set(out, kept)
@@ -203,6 +205,7 @@ def norm(engine: Engine, x: Value, axes: Sequence[int], weight: Value | None, bi
     out, dims = out_of(engine), engine.axes(x)
     for a in axes:
         engine.mark(dims[a], "renorm")
+        engine.mark(dims[a], "hidden")
     for tensor in (weight, bias):
         if tensor is not None:
             for a, axis in zip(sorted(axes)[::-1], reversed(engine.axes(tensor))):

@@ -7,6 +7,7 @@ relative perturbation of 2e-16 of every weight); a cut that does not move the ou
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -89,10 +90,14 @@ def distance(a: Sequence[Any], b: Sequence[Any]) -> float:
     return worst if pairs else float("nan")
 
 
-def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int] = (0, 1, 2), dtype: torch.dtype = torch.float64, plan_hash: str = "") -> Certificate:
-    """Compare the pruned program with the masked original on several random inputs."""
+def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int] = (0, 1, 2), dtype: torch.dtype = torch.float64, plan_hash: str = "", seconds: float = float("inf")) -> Certificate:
+    """Compare the pruned program with the masked original on several random inputs; after `seconds` no further input is begun."""
     error = floor = effect = 0.0
+    start, done = time.perf_counter(), []
     for seed in seeds:
+        if done and time.perf_counter() - start > seconds:
+            break
+        done.append(seed)
         inputs = random_inputs(program, seed)
         masked = run_masked(program, cut, inputs, dtype)
         error = max(error, distance(run(pruned, inputs, dtype=dtype), masked))
@@ -112,7 +117,7 @@ def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int]
         status = "passed"
     groups = [cut.analysis.by_name[name] for name in cut.removed]
     notes = tuple(f"wrong on its own: {name}" for name in blame(program, cut, dtype)) if status == "failed" else ()
-    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(seeds), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash, notes)
+    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(done), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash, notes)
 
 
 def blame(program: Program, cut: Cut, dtype: torch.dtype = torch.float64, limit: int = 3) -> list[str]:

@@ -189,6 +189,14 @@ def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[
     return (_zeroed(y, gone),)
 
 
+def _batch_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    """Statistics of the batch over the kept positions."""
+    rank = args["input"].dim()
+    shaped = {name: args[name].reshape([-1 if i == 1 else 1 for i in range(rank)]) for name in ("weight", "bias") if args.get(name) is not None}
+    over = [i for i in range(rank) if i != 1]
+    return normalised("input", "weight", "bias", True, lambda _: over, lambda a: a["eps"])({**args, **shaped}, gone, compute)
+
+
 def _attention(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
     """Keys at removed positions do not exist."""
     keep = ~next(iter(gone.values()))
@@ -218,6 +226,7 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     ("aten", "scaled_dot_product_attention"): _attention,
     **{("aten", op): normalised("input", "weight", "bias", True, _trailing, _aten_eps) for op in ("layer_norm", "native_layer_norm")},
     **{("aten", op): normalised("input", "weight", "bias", False, _trailing, _aten_eps) for op in ("rms_norm", "_fused_rms_norm")},
+    ("aten", "batch_norm"): _batch_norm,
     **{("aten", op): _group_norm for op in ("group_norm", "native_group_norm")},
 }
 
