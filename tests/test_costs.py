@@ -18,7 +18,7 @@ from graphprune.program import Program
 from graphprune.surgery import Cut, apply_cut
 from tests.zoo import TINY
 
-COUNTED = ("mlp", "vgg", "resnet", "densenet", "mobilenet", "shufflenet", "unet", "shared")  # by torch's counter on the CPU: no fused attention
+COUNTED = ("mlp", "vgg", "resnet", "densenet", "mobilenet", "shufflenet", "unet", "shared")  # torch's counter misses fused attention
 
 
 def program_of(name: str) -> Program:

@@ -76,7 +76,8 @@ def test_plans_repeat():
 def test_without_ratio_or_budget_a_quarter_goes_and_one_line_says_so(mlp, caplog):
     with caplog.at_level(logging.WARNING, "graphprune"):
         plan = make_plan(mlp)
-    assert [r.getMessage().startswith("no pruning_ratio or budget is given: 25%") for r in caplog.records if r.name == "graphprune"] == [True]
+    (notice,) = [r.getMessage() for r in caplog.records if r.name == "graphprune"]
+    assert notice.startswith("no pruning_ratio or budget is given: 25%")
     assert plan.hash == make_plan(mlp, pruning_ratio=0.25).hash
 
 
@@ -120,9 +121,8 @@ def test_isomorphic_compares_equal_structures_only():
     neurons = [g for g in program.analysis.groups if g.kind == "neuron"]
     others = [g for g in program.analysis.groups if g.kind == "kv_group"]
     scores = {neurons[0].name: 0.0, neurons[1].name: 10.0, others[0].name: 1e6, others[1].name: 2e6}
-    plan = make_plan(
-        program, pruning_ratio=0.25, scope="isomorphic", round_to=1, importance=lambda g: scores.get(g.name, 0.0) + np.arange(g.size) / g.size
-    )
+    rising = lambda g: scores.get(g.name, 0.0) + np.arange(g.size) / g.size  # noqa: E731
+    plan = make_plan(program, pruning_ratio=0.25, scope="isomorphic", round_to=1, importance=rising)
     assert plan.removed == {neurons[0].name: tuple(range(35)), others[0].name: (0,)}
 
 
@@ -207,7 +207,7 @@ def test_auto_keeps_multiples_of_eight_of_wide_layers(width, ratio, kept):
 
 
 def test_rounding_counts_positions():
-    """Flattened maps of 9 positions give the reader a multiple of 8 only with 8 channels at a time; a head of 16 positions is one already."""
+    """Flattened maps of 9 positions give the reader a multiple of 8 only with 8 channels at a time; a head of 16 is one already."""
     program = capture(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 9, 4), inputs=(2, 3, 5, 5))
     (group,) = program.analysis.groups
     assert {m.index.shape[1] for m in group.members} == {1, 9}
@@ -278,7 +278,7 @@ def test_of_groups_that_multiply_one_is_cut():
     plan = make_plan(program, pruning_ratio=0.5)
     assert {e.kind for e in plan.entries.values()} == {"kv_group", "neuron"}
     plan = make_plan(program, pruning_ratio=0.34, round_to=1)
-    assert {e.kind for e in plan.entries.values()} == {"head", "neuron"}, "a third of two key-value groups is none, of three heads it is one"
+    assert {e.kind for e in plan.entries.values()} == {"head", "neuron"}, "a third of two groups is none, of three heads it is one"
     heads = [g for g in program.analysis.groups if g.kind in ("head", "kv_group", "head_dim")]
     kept = one_per_product(program.analysis, heads)
     for value in {m.value for g in heads for m in g.members}:
@@ -314,10 +314,9 @@ def test_ignore_leaves_a_module_as_it_is():
     assert changed and not any(name.startswith("body.1.branch") for name in changed)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["body.2.branch.1.0", "body.2.branch.1.0.weight", "body.2.branch.1.0:channel", "body.2.branch.1.*", r"re:body\.2\.branch\.1\.0"]
-)
-def test_targets_cut_what_a_layer_produces(pattern):
+@pytest.mark.parametrize("end", ["", ".weight", ":channel", ".*", "re"])
+def test_targets_cut_what_a_layer_produces(end):
+    pattern = r"re:body\.2\.branch\.1\.0" if end == "re" else "body.2.branch.1.0" + end
     program = program_of("resnet")
     plan = make_plan(program, pruning_ratio=0.5, targets=[pattern])
     assert list(plan.removed) == ["body.2.branch.1.0:channel"]
