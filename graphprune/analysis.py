@@ -190,7 +190,7 @@ def _groups(analysis: Analysis, free_border: bool) -> list[Group]:
     names: dict[str, int] = {}
     for leaf in order:
         members = tuple(_member(engine, value, axis, leaf, roles, cache) for value, axis in where[leaf])
-        kind = _kind(leaf)
+        kind = _kind(leaf, members)
         first = next((m for m in members if m.role is Role.WRITER), members[0])
         base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
         name = f"{base}:{kind}"
@@ -249,7 +249,10 @@ KIND_OF_MARK = (  # the first mark that a factor carries names its kind
 )
 
 
-def _kind(leaf: Factor) -> str:
+def _kind(leaf: Factor, members: Iterable[Member]) -> str:
+    # attention runs over tokens, which only tables lie along; an axis that a weight computes is one of features
+    if "token" in leaf.marks and "expert" not in leaf.marks and all(member.role is Role.CARRIER for member in members):
+        return "token"
     return next((kind for tag, kind in KIND_OF_MARK if tag in leaf.marks), "neuron")
 
 
@@ -313,9 +316,9 @@ def _roles(engine: Engine, where: Mapping[Factor, Any]) -> dict[tuple[Value, Fac
         operands = list(dict.fromkeys(v for term in flow.terms for v in term))
         operands += [v for v in flow.node.inputs if v not in operands]
         live = [v for v in operands if v in engine.from_input]
-        if not live:
+        if flow.out not in engine.from_input:
             origin[flow.out] = set().union(*(origin.get(v, {v} if v.is_weight else set()) for v in operands))
-        out = _leafset(engine, flow.out)
+        out, over = _leafset(engine, flow.out), {leaf for axis in flow.over for leaf in ax.leaves_of(axis)}
         for value in operands:
             sources = origin.get(value, {value} if value.is_weight else set())
             if not sources or value in engine.from_input:
@@ -326,7 +329,9 @@ def _roles(engine: Engine, where: Mapping[Factor, Any]) -> dict[tuple[Value, Fac
             for leaf in _leafset(engine, value) & where.keys():
                 elsewhere = any(leaf in _leafset(engine, v, flow.node) for v in term if v is not value)
                 if leaf not in out:
-                    role = Role.READER
+                    role = Role.CARRIER if leaf in over else Role.READER
+                elif flow.out not in engine.from_input:
+                    continue  # picked by experts: still a weight
                 elif elsewhere or len(term) < 2:
                     role = Role.CARRIER
                 else:

@@ -169,6 +169,7 @@ sample("_grouped_mm", lambda x, w: torch._grouped_mm(x.bfloat16(), w.bfloat16(),
 
 sample("batch_norm", lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b), (2, 3, 5, 4), (3,), (3,), (3,), positive(3))
 sample("batch_norm", lambda x, m, v: F.batch_norm(x, m, v), (4, 3), (3,), positive(3))
+sample("batch_norm", lambda x, w: F.batch_norm(x, None, None, w, training=True), (3, 4, 5), (4,))  # weight standardisation is written so
 sample("_native_batch_norm_legit_no_training", lambda x, w, b, m, v: aten._native_batch_norm_legit_no_training(x, w, b, m, v, 0.1, 1e-5)[0], (2, 3, 5, 4), (3,), (3,), (3,), positive(3))
 sample("native_batch_norm", lambda x, w, b, m, v: aten.native_batch_norm(x, w, b, m, v, False, 0.1, 1e-5)[0], (2, 3, 5), (3,), (3,), (3,), positive(3))
 sample("instance_norm", lambda x, w, b: F.instance_norm(x, weight=w, bias=b), (2, 3, 5, 4), (3,), (3,))

@@ -49,6 +49,8 @@ def index(engine: Engine, node: Node) -> None:
     engine.set(out, [*(a for i, a in rest if i < at), *block, *(a for i, a in rest if i >= at)])
     engine.flow(out, [x], over=[dims[i] for i in used])
     fam.keep_index(engine, x)
+    for i in used:
+        fam.picked(engine, x, picks[i])
 
 
 def _boolean_index(engine: Engine, node: Node, picks: list[Value | None]) -> None:
@@ -109,6 +111,7 @@ def index_select(engine: Engine, node: Node) -> None:
     engine.set(node.outputs[0], dims)
     engine.flow(node.outputs[0], [x], over=[chosen])
     fam.keep_index(engine, x)
+    fam.picked(engine, x, picks)
 
 
 def gather(engine: Engine, node: Node) -> None:

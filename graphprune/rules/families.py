@@ -194,6 +194,8 @@ def along(engine: Engine, x: Value, axes: Sequence[int], neutral: str) -> None:
     engine.set(out, dims)
     if neutral == "-inf":
         engine.flow(out, (), over=over)
+        for axis in over:
+            engine.mark(axis, "token")  # if this is attention, and if nothing else says what it is
     elif neutral == "zero":  # a prefix sum needs zeros below, and does not vanish itself
         engine.flow(out, [x], summed=over)
     else:
@@ -244,6 +246,12 @@ def index_axis(engine: Engine, axis: Axis, indices: Value) -> None:
         engine.freeze(axis, Reason.UNTAGGED_INDEX)
     else:
         engine.equate(tag, axis)
+
+
+def picked(engine: Engine, x: Value, indices: Value) -> None:
+    """What a router's choice picks from a weight is still a weight, not an activation."""
+    if indices in engine.indexes and x not in engine.from_input:
+        engine.from_input.discard(out_of(engine))
 
 
 def indexed_by(engine: Engine, indices: Value, length: int) -> Axis:

@@ -197,6 +197,14 @@ def _batch_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[
     return normalised("input", "weight", "bias", True, lambda _: over, lambda a: a["eps"])({**args, **shaped}, gone, compute)
 
 
+def _batch_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    """Statistics of the batch, over kept positions."""
+    rank = args["input"].dim()
+    affine = {name: args[name].reshape([1, -1] + [1] * (rank - 2)) for name in ("weight", "bias") if args.get(name) is not None}
+    style = normalised("input", "weight", "bias", True, lambda args: [0, *range(2, rank)], _aten_eps)
+    return style({**args, **affine}, gone, compute)
+
+
 def _attention(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
     """Keys at removed positions do not exist."""
     keep = ~next(iter(gone.values()))
@@ -224,6 +232,7 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     ("transformers", "grouped_mm_fallback"): as_is,
     **{("aten", op): as_is for op in ("one_hot", "histc", "bincount", "_grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", *_INDEXED)},
     ("aten", "scaled_dot_product_attention"): _attention,
+    **{("aten", op): _batch_norm for op in ("batch_norm", "native_batch_norm")},
     **{("aten", op): normalised("input", "weight", "bias", True, _trailing, _aten_eps) for op in ("layer_norm", "native_layer_norm")},
     **{("aten", op): normalised("input", "weight", "bias", False, _trailing, _aten_eps) for op in ("rms_norm", "_fused_rms_norm")},
     ("aten", "batch_norm"): _batch_norm,
