@@ -34,7 +34,9 @@ def apply_cut(program: Program, cut: Cut) -> Program:
     attributes: dict[str, Any] = {}
 
     def kept(positions: np.ndarray, device: torch.device | str = "cpu") -> fx.Node:
-        name = f"_kept_{sum(key.startswith('_kept_') for key in attributes)}"
+        name = f"lifted_tensor_kept_{len(attributes)}"  # a constant for `from_graph_module`
+        while hasattr(old, name):  # the network was cut before
+            name += "_"
         attributes[name] = torch.from_numpy(positions).to(device)
         return graph.get_attr(name)
 
@@ -57,7 +59,7 @@ def apply_cut(program: Program, cut: Cut) -> Program:
                 picked = env[origin[value]]  # its axes are free for each use: select what this use keeps
                 for axis, keep in cut.keeps(value, node).items():
                     picked = graph.call_function(torch.ops.aten.index_select.default, (picked, axis, kept(keep, value.tensor.device)))  # type: ignore[union-attr]
-                    picked.meta["val"] = value.tensor
+                    picked.meta = {"val": value.tensor, "shapes": (cut.shape(value, node),)}
                 new.replace_input_with(env[origin[value]], picked)
             edit = LITERALS.get(node.op_type, _no_edit)(node, cut)
             if isinstance(edit, tuple):
