@@ -117,15 +117,17 @@ def attention(engine: Engine, node: Node) -> None:
     mask, nonpad = node["attn_mask"], node["nonpad_kv_seqlen"]
     if mask is not None:
         dims = engine.axes(mask)
-        for axis in (*dims[-2:], *dims[:-3]):
+        for axis in dims[-2:]:
             engine.freeze(axis, Reason.FIXED)
+        for axis in dims[:-3]:
+            engine.broadcast(axis, engine.axes(q)[0])
         if len(dims) > 2 and size(dims[-3]) > 1:
             if whole:
                 engine.equate(dims[-3], engine.axes(q)[1])
             else:
                 engine.freeze([*dims[-3], *engine.axes(q)[-1]], Reason.FIXED, "a mask per head")
-    for axis in engine.axes(nonpad) if nonpad is not None else ():
-        engine.freeze(axis, Reason.FIXED)
+    if nonpad is not None:
+        engine.equate(engine.axes(nonpad)[0], engine.axes(q)[0])
 
 
 def rotary(engine: Engine, node: Node) -> None:
@@ -141,11 +143,13 @@ def rotary(engine: Engine, node: Node) -> None:
     dims = engine.axes(x)
     heads: Axis = [Factor(node["num_heads"])] if not whole and node["num_heads"] > 1 else []
     engine.equate(dims[-1], inner if whole else [*heads, *inner])
+    outer = [dims[0], dims[-2] if whole else dims[1]]  # batch and positions
     for cache in (node["cos_cache"], node["sin_cache"]):
         *lead, last = engine.axes(cache)
         engine.equate(last, half)
-        for axis in lead:
-            engine.freeze(axis, Reason.FIXED)
+        outer += lead
+    for axis in outer + (engine.axes(node["position_ids"]) if node["position_ids"] is not None else []):
+        engine.freeze(axis, Reason.FIXED)
     engine.set(node.outputs[0], dims)
     engine.flow(node.outputs[0], [x])
 
@@ -194,7 +198,9 @@ def layer_norm(engine: Engine, node: Node) -> None:
     scale, bias = (node["Scale"], node["B"]) if node.op_type == "LayerNormalization" else (node["scale"], None)
     over = _after(node, node["X"])
     fam.norm(engine, node["X"], over, scale, bias)
-    for out in node.outputs[1:]:
+    for out in node.outputs[1:]:  # the statistics themselves
+        for i in over:
+            engine.freeze(engine.axes(node["X"])[i], Reason.FIXED, "its mean is read")
         engine.set(out, [[] if i in over else axis for i, axis in enumerate(engine.axes(node["X"]))])
         engine.flow(out, ())
 
@@ -301,7 +307,7 @@ ONNX: dict[str, Rule] = {
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean", "Max", "Min", "Or", "Xor", "BitwiseOr", "BitwiseXor"), total),
     **dict.fromkeys(("Div", "Mod", "PRelu", "BitShift"), scaled),
     **dict.fromkeys(
-        "Abs Asin Asinh Atan Atanh BitCast Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg "
+        "Abs Asin Asinh Atan Atanh Cast CastLike Ceil Celu Dropout Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg "
         "Relu Round Selu Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu".split(),
         like_first,
     ),

@@ -250,7 +250,7 @@ def spatial(engine: Engine, node: Node) -> None:
     """Pools: batch and channel stay, the other axes are fixed."""
     x = first(node)
     dims = engine.axes(x)
-    for axis in dims[2:]:
+    for axis in dims[2:] if len(node.outputs) == 1 else dims:  # the second result numbers all elements
         engine.freeze(axis, Reason.FIXED)
     for out in node.outputs:
         engine.set(out, [*dims[:2], *(engine.frozen(n) for n in sizes(out)[2:])])
@@ -335,7 +335,7 @@ SHAPES: dict[str, Rule] = {
     "Size": shape_of,
     "ConstantOfShape": generated,
     **dict.fromkeys("Range RandomNormal RandomUniform BlackmanWindow HammingWindow HannWindow".split(), fixed),
-    **dict.fromkeys("Bernoulli EyeLike RandomNormalLike RandomUniformLike".split(), fixed),
+    **dict.fromkeys("Bernoulli BitCast EyeLike RandomNormalLike RandomUniformLike".split(), fixed),
     # indices
     "Gather": gather,
     "GatherElements": gather_elements,
