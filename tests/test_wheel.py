@@ -33,7 +33,7 @@ def test_wheel_holds_every_module_and_only_our_name(wheel):
     for folder, prefix in {"graphprune": "graphprune", "passes": "graphprune/passes", "backends": "graphprune/backends"}.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in names, f"{path} is missing from the wheel: see pyproject"
-    assert "graphprune/py.typed" in names
+    assert {"graphprune/py.typed", *(f"graphprune/report/page.{kind}" for kind in ("html", "css", "js"))} <= set(names)
 
 
 def test_wheel_imports_from_an_empty_folder(wheel, tmp_path):

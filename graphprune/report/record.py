@@ -12,7 +12,7 @@ from rich.console import ConsoleRenderable
 
 from graphprune.errors import InvalidInput, NotPrunable
 from graphprune.files import PathLike, atomic_path
-from graphprune.report import tables
+from graphprune.report import page, tables
 from graphprune.units import Group
 
 FORMAT = 1  # of the JSON; raised when a field changes its meaning
@@ -46,6 +46,18 @@ class TensorChange:
     name: str
     before: tuple[int, ...] | None
     after: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's share of the cost; pairs are (before, after)."""
+
+    name: str  # module path, or name of the op
+    op: str  # the costliest op of the layer
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    width: tuple[int, int] | None = None  # output channels or features; None where no weight makes them
+    ms: tuple[float, float] | None = None  # None where not measured
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,8 @@ class Report:
     model: str = ""  # class name or file name
     plan_hash: str = ""
     layers: tuple[TensorChange, ...] = ()  # weights whose shape changed
+    costs: tuple[LayerCost, ...] = ()  # layer by layer, in the order in which they run
+    timing: str = ""  # where and how the times in `costs` were measured, or why not
     groups: tuple[GroupSummary, ...] = ()
     not_prunable: tuple[Frozen, ...] = ()
     passes: tuple[PassRecord, ...] = ()
@@ -133,8 +147,8 @@ class Report:
             raise InvalidInput(f"this is no report that graphprune wrote: {error}") from None
 
     def save(self, path: PathLike) -> None:
-        """Write `.json` (everything) or `.html` (what print shows)."""
-        writers: dict[str, Callable[[], str]] = {".json": self.to_json, ".html": lambda: tables.html(self)}
+        """Write `.json` (everything, to be read back) or `.html` (a page for people)."""
+        writers: dict[str, Callable[[], str]] = {".json": self.to_json, ".html": lambda: page.html(self)}
         writer = writers.get(Path(path).suffix)
         if writer is None:
             raise InvalidInput(f"a report is written as {' or '.join(writers)}, found {path!s}")
@@ -157,10 +171,16 @@ def _footprint(data: dict[str, Any]) -> Footprint:
     return Footprint(**data, latency=Latency(**latency) if latency else None)
 
 
+def _layer_cost(data: dict[str, Any]) -> LayerCost:
+    pairs: dict[str, Any] = {key: tuple(it) for key, it in data.items() if isinstance(it, list)}
+    return LayerCost(**(data | pairs))
+
+
 _READ: Mapping[str, Callable[[Any], Any]] = {  # how a JSON field becomes what the class holds
     "before": _footprint,
     "after": _footprint,
     "layers": lambda rows: tuple(TensorChange(row["name"], _shape(row["before"]), _shape(row["after"])) for row in rows),
+    "costs": lambda rows: tuple(_layer_cost(row) for row in rows),
     "groups": lambda rows: tuple(GroupSummary(**{**row, "members": tuple(row["members"])}) for row in rows),
     "not_prunable": lambda rows: tuple(Frozen(**row) for row in rows),
     "passes": lambda rows: tuple(PassRecord(**row) for row in rows),

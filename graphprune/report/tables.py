@@ -30,13 +30,6 @@ def plain(renderable: Any, width: int = WIDTH) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def html(renderable: Any) -> str:
-    """`renderable` as one self-contained HTML page."""
-    console = Console(file=io.StringIO(), width=120, record=True, force_terminal=True, legacy_windows=False)
-    console.print(renderable)
-    return console.export_html()
-
-
 def count(number: float | None) -> str:
     """25557032 -> "25.56 M"."""
     return _scaled(number, 1000, ("", " k", " M", " G", " T"))
@@ -68,7 +61,8 @@ def tail(name: str, width: int) -> str:
 
 def report(it: Report) -> ConsoleRenderable:
     """The whole report, compact."""
-    parts: list[Any] = [_footprints(it), *_speed(it.before, it.after)]
+    title = tail(it.model, 50) + (f"   plan {it.plan_hash[:12]}" if it.plan_hash else "")
+    parts: list[Any] = [Text(title, style="bold"), _footprints(it), *_speed(it.before, it.after)]
     if it.groups:
         parts.append(_kinds(it.groups))
     if it.layers:
@@ -113,8 +107,7 @@ _COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 
 def _footprints(it: Report) -> Table:
-    title = tail(it.model, 50) + (f"   plan {it.plan_hash[:12]}" if it.plan_hash else "")
-    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for column in ("before", "after", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -175,7 +168,8 @@ def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:
     line = Text.assemble("certificate  ", (status, style))
     if "error" in it and "tolerance" in it:
         formula = "the masked network" if it.get("exact", True) else "the masked network, norms over what is kept"
-        line.append(f"  equals {formula}: error {it['error']:.1e}, tolerance {it['tolerance']:.1e}")
+        verb = "equals" if status == "passed" else "against"
+        line.append(f"  {verb} {formula}: error {it['error']:.1e}, tolerance {it['tolerance']:.1e}")
     for note in it.get("notes", ()):
         line.append(f"\n             {note}", style="dim")
     return line
