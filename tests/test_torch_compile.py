@@ -394,3 +394,21 @@ def test_inductor_compiles_the_pruned_graph():
     model.train()
     compiled(images(3)).sum().backward()
     assert model.stem.weight.grad is not None and last_report().graphs[-1].gradients
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(("make", "inputs"), MODELS)
+def test_cuda(make, inputs, mode):
+    model = make().cuda()
+    compiled = torch.compile(model, backend="graphprune", options=HALF, mode=mode)
+    for batch in (2, 3):
+        x = inputs(batch).cuda()
+        for _ in range(3):  # a CUDA graph is captured at the second call
+            assert_runs_pruned(model, compiled, x)
+    with torch.no_grad():
+        next(model.parameters()).mul_(-1.0)
+    assert_runs_pruned(model, compiled, x)
+    model.train()
+    tensor(compiled(x)).square().mean().backward()
+    assert next(model.parameters()).grad.is_cuda

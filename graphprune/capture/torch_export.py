@@ -302,11 +302,13 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
 
 def _evaluate(node: Node) -> None:
     """Fold a node at the example sizes."""
+    device = getattr(node.source.meta.get("val"), "device", None)
+
     def concrete(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
             return leaf
         if leaf.kind is not Kind.CONSTANT and leaf.shape is not None:
-            return torch.empty(leaf.shape, dtype=leaf.dtype)  # `new_*` reads dtype and device only
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)  # `new_*` reads dtype and device only
         return leaf.tensor if leaf.shape is not None else leaf.tensor.item()  # type: ignore[union-attr]
 
     with torch.no_grad():

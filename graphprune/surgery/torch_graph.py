@@ -51,8 +51,17 @@ def apply_cut(program: Program, cut: Cut) -> Program:
             graph.erase_node(new)
             env[fx_node] = env[origin[cut.bypassed[node].skip]]  # type: ignore[index]
             continue
+        if fx_node.target in _VIEWS:  # operands may now be laid out otherwise, so that a view is no longer possible
+            new.target = torch.ops.aten.reshape.default
+        elif fx_node.target is torch.ops.aten.view_as_complex.default:
+            with graph.inserting_before(new):
+                whole = graph.call_function(torch.ops.aten.contiguous.default, (new.args[0],))
+                whole.meta = dict(new.args[0].meta)  # type: ignore[union-attr]
+            new.args = (whole,)
         if node is None or not cut.touches(node):
             continue
+        metas = fx_node.meta.get("val")
+        device = getattr(metas[0] if isinstance(metas, (tuple, list)) else metas, "device", "cpu")
         new.meta["shapes"] = tuple(cut.shape(v) if v.shape is not None else None for v in node.outputs)
         with graph.inserting_before(new):
             for value in dict.fromkeys(v for v in node.inputs if v.kind is Kind.CONSTANT):
@@ -70,7 +79,7 @@ def apply_cut(program: Program, cut: Cut) -> Program:
                 if isinstance(leaf, Scaled):
                     whole = graph.call_function(operator.mul, (env[origin[leaf.size]], leaf.new))
                     return graph.call_function(operator.floordiv, (whole, leaf.old))
-                return env[origin[leaf]] if isinstance(leaf, Value) else kept(leaf) if isinstance(leaf, np.ndarray) else leaf
+                return env[origin[leaf]] if isinstance(leaf, Value) else kept(leaf, device) if isinstance(leaf, np.ndarray) else leaf
 
             for name, literal in edit.items():
                 _set_argument(new, name, substitute(literal, lowered))
@@ -119,6 +128,9 @@ def _set_argument(fx_node: fx.Node, name: str, literal: Any) -> None:
         fx_node.args = (*fx_node.args, literal)
     else:
         fx_node.update_arg(position, literal)
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default)
 
 
 # ---- literals
@@ -228,6 +240,28 @@ def _squeeze(node: Node, cut: Cut) -> Edit:
     return torch.ops.aten.squeeze.dims, {"self": x, "dim": [i for i, n in enumerate(x.shape) if n == 1]}
 
 
+def _index(node: Node, cut: Cut) -> Edit:
+    """Constant positions of one axis, renumbered."""
+    x, picks = node["self"], node["indices"]
+    new = list(picks)
+    for dim, pick in enumerate(picks):
+        keep = cut.keep(x, dim)
+        if keep is not None and isinstance(pick, Value) and pick.kind is Kind.CONSTANT:
+            new[dim] = _positions(pick, keep, x.shape[dim])
+    return {"indices": new} if any(a is not b for a, b in zip(new, picks)) else {}
+
+
+def _index_select(node: Node, cut: Cut) -> Edit:
+    x, pick, dim = node["self"], node["index"], node["dim"] % len(node["self"].shape)
+    keep = cut.keep(x, dim)
+    return {"index": _positions(pick, keep, x.shape[dim])} if keep is not None and pick.kind is Kind.CONSTANT else {}
+
+
+def _positions(pick: Value, keep: np.ndarray, length: int) -> np.ndarray:
+    wanted = pick.tensor.cpu().numpy() % length  # type: ignore[union-attr]
+    return np.searchsorted(keep, wanted[np.isin(wanted, keep)])
+
+
 def _select(node: Node, cut: Cut) -> Edit:
     x, dim = node["self"], node["dim"] % len(node["self"].shape)
     keep = cut.keep(x, dim)
@@ -307,6 +341,8 @@ LITERALS: Mapping[str, Callable[[Node, Cut], Edit]] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "split_with_sizes_copy"), _split),
     **dict.fromkeys(("slice", "narrow", "narrow_copy"), _slice),
     "slice_scatter": _slice_scatter,
+    "index": _index,
+    "index_select": _index_select,
     **dict.fromkeys(("select", "select_scatter"), _select),
     "squeeze": _squeeze,
     "repeat": _repeat,

@@ -104,7 +104,7 @@ def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int]
         if seed == seeds[0]:
             effect = distance(run(program, inputs, dtype=dtype), masked)
             noise = torch.Generator().manual_seed(seed)
-            shaken = {v: t.to(dtype) * (1 + NOISE[dtype] * torch.randn(t.shape, generator=noise, dtype=dtype)) for v in program.weights.values() if v.is_weight and (t := v.tensor) is not None}
+            shaken = {v: _shaken(t.to(dtype), noise) for v in program.weights.values() if v.is_weight and (t := v.tensor) is not None}
             floor = distance(run_masked(program, cut, inputs, dtype, shaken), masked)
     tolerance = max(TOLERANCE[dtype], FLOOR_FACTOR * floor)
     if not error <= tolerance:
@@ -118,6 +118,12 @@ def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int]
     groups = [cut.analysis.by_name[name] for name in cut.removed]
     notes = tuple(f"wrong on its own: {name}" for name in blame(program, cut, dtype)) if status == "failed" else ()
     return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(done), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash, notes)
+
+
+def _shaken(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A weight under rounding noise; the generator is on the CPU, whatever the device."""
+    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
+    return tensor * (1 + NOISE[tensor.dtype] * noise)
 
 
 def blame(program: Program, cut: Cut, dtype: torch.dtype = torch.float64, limit: int = 3) -> list[str]:

@@ -157,9 +157,9 @@ def normalised(x: str, weight: str, bias: str, centred: bool, axes: Callable[[Ma
     def neutral(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
         value = args[x]
         over = [a % value.dim() for a in axes(args)]
-        kept = torch.ones(value.shape, dtype=value.dtype)
+        kept = torch.ones(value.shape, dtype=value.dtype, device=value.device)
         for axis, mask in gone.items():
-            kept = kept.masked_fill(_along(mask, axis, value.dim()), 0.0)
+            kept = kept.masked_fill(_along(mask.to(value.device), axis, value.dim()), 0.0)
         count = kept.sum(over, keepdim=True)
         mean = (value * kept).sum(over, keepdim=True) / count if centred else 0.0
         variance = (((value - mean) * kept) ** 2).sum(over, keepdim=True) / count
@@ -175,7 +175,7 @@ def normalised(x: str, weight: str, bias: str, centred: bool, axes: Callable[[Ma
 
 def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
     x, groups = args["input"], args["num_groups"] if "num_groups" in args else args["group"]
-    kept = (~gone[1]).to(x.dtype).reshape(groups, -1)
+    kept = (~gone[1]).to(x).reshape(groups, -1)
     y = x.reshape(x.shape[0], groups, kept.shape[1], -1)
     mask = kept[None, :, :, None]
     count = mask.sum((2,), keepdim=True) * y.shape[-1]
