@@ -72,10 +72,12 @@ def prune(
     from graphprune.samples import read_samples
 
     with progress(talk, f"reading {source.name}"):
-        program = gp.capture(_model(source, device))
-        arguments |= {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
+        model = _model(source, device)
+        if calibration:
+            model = gp.capture(model)
+            arguments["calibration_data"] = read_samples(calibration, model.inputs)
         arguments |= {"backend": backend} if backend else {}
-        result = gp.compile(program, **arguments, verify=not no_verify, device=device, on_unknown=on_unknown, progress=not talk.quiet)
+        result = gp.compile(model, **arguments, verify=not no_verify, device=device, on_unknown=on_unknown, progress=not talk.quiet)
         result.save(out)
         _also(result, plan_out, report)
     show(talk, result.report.to_json, lambda: result.report)
@@ -153,10 +155,11 @@ def apply(
     from graphprune.samples import read_samples
 
     with progress(talk, f"reading {source.name}"):
-        made = gp.Plan.load(plan)
-        program = gp.capture(_model(source, device))
-        samples = read_samples(calibration, program.inputs) if calibration else None
-        result = gp.apply(program, made, calibration_data=samples, verify=not no_verify)
+        made, model, samples = gp.Plan.load(plan), _model(source, device), None
+        if calibration:
+            model = gp.capture(model)
+            samples = read_samples(calibration, model.inputs)
+        result = gp.apply(model, made, calibration_data=samples, verify=not no_verify)
         result.save(out)
         _also(result, None, report)
     show(talk, result.report.to_json, lambda: result.report)
@@ -224,7 +227,7 @@ def recipes(talk: Talk = Talk()) -> None:  # noqa: B008
 @verb("demo", "graphprune demo")
 def demo(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.onnx", help="Keep the pruned model.")] = None,
-    ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Fraction of units removed per group.")] = 0.25,
+    ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Fraction of units removed per group.")] = 0.2,
     talk: Talk = Talk(),  # noqa: B008
 ) -> None:
     """Prune a real pretrained model, run it, and show size, speed and quality before and after."""

@@ -95,7 +95,7 @@ def _spaced(parts: Iterable[Any]) -> Iterator[Any]:
 
 def _times(seconds: Mapping[str, float]) -> Text:
     total = sum(seconds.values())
-    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if value >= 0.01 * total)
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if value >= 0.05 * total)
     return Text(f"time  {total:.2f} s ({stages})", style="dim")
 
 
@@ -128,7 +128,7 @@ def _speed(before: Footprint, after: Footprint) -> list[Text]:
     if old is None or new is None:
         return []
     spread = f"{new.low_ms:.3g} to {new.high_ms:.3g} ms"
-    return [Text(f"speed  {old.median_ms / new.median_ms:.2f}x  ({new.backend}, {new.device}; half of the runs took {spread})")]
+    return [Text(f"speed  {old.median_ms / new.median_ms:.2f}x  ({new.backend}, {new.device}; most runs took {spread})")]
 
 
 def _kinds(groups: Iterable[GroupSummary]) -> Table:
