@@ -288,6 +288,7 @@ class CostModel:
             if _counts(value) and value.uses:
                 terms.append(_Term(None, value, self._shapes([value], None)))
         self._terms = terms
+        self._left: dict[frozenset[Branch], set[Node]] = {}
 
     def _shapes(self, values: Sequence[Value], node: Node | None) -> dict[Value, tuple[SizeOf | int, ...]]:
         found: dict[Value, tuple[SizeOf | int, ...]] = {}
@@ -316,16 +317,21 @@ class CostModel:
 
     def cost(self, kept: Mapping[Any, int]) -> Cost:
         """The network when the group with atom `a` keeps `kept[a]` units; groups that are not named keep all."""
-        gone = {atom.join: atom for atom, count in kept.items() if isinstance(atom, Branch) and count == 0}
-        terms: Iterable[_Term] = self._terms
-        if gone:
-            nodes = set(alive(self.analysis.program, gone))
-            terms = [t for t in terms if (t.node in nodes if t.node is not None else any(use in nodes for use in t.weight.uses))]  # type: ignore[union-attr]
-        return sum((term.cost(kept) for term in terms), Cost(0, 0, 0))
+        return self._sum(self._terms, kept)
 
     def part(self, atom: Any, kept: Mapping[Any, int]) -> Cost:
         """The share of everything that the group with this atom (not a branch) has a say in."""
-        return sum((term.cost(kept) for term in self._by_atom.get(atom, ())), Cost(0, 0, 0))
+        return self._sum(self._by_atom.get(atom, ()), kept)
+
+    def _sum(self, terms: Iterable[_Term], kept: Mapping[Any, int]) -> Cost:
+        gone = frozenset(atom for atom, count in kept.items() if count == 0 and isinstance(atom, Branch))
+        if gone:
+            if gone not in self._left:
+                self._left[gone] = set(alive(self.analysis.program, {branch.join: branch for branch in gone}))
+            left = self._left[gone]
+            terms = [term for term in terms if term.read_in(left)]
+        found = [term.cost(kept) for term in terms]
+        return Cost(sum(c.params for c in found), sum(c.bytes for c in found), sum(c.macs for c in found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,6 +380,10 @@ class _Term:
         self.dense: Cost | None = None
         if not self.atoms:
             self.dense = self.cost({})
+
+    def read_in(self, nodes: set[Node]) -> bool:
+        """Is it still there when only these nodes are?"""
+        return self.node in nodes if self.weight is None else any(use in nodes for use in self.weight.uses)
 
     def cost(self, kept: Mapping[Any, int]) -> Cost:
         if self.dense is not None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from functools import cache
 
 import onnx
 import pytest
@@ -21,6 +22,7 @@ from tests.zoo import TINY
 COUNTED = ("mlp", "vgg", "resnet", "densenet", "mobilenet", "shufflenet", "unet", "shared")  # torch's counter misses fused attention
 
 
+@cache
 def program_of(name: str) -> Program:
     case = TINY[name]()
     return capture_torch(case.module, case.args)

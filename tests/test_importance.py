@@ -1,6 +1,7 @@
 """Criteria against their formulas written out unit by unit, and what all of them promise: dtype, determinism, untouched random state."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from graphprune.units import Role
 from tests.zoo import TINY
 
 
+@cache
 def program_of(name: str) -> Program:
     case = TINY[name]()
     return capture_torch(case.module, case.args)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tests.zoo import TINY
 CUTTABLE = tuple(unit for unit in UNITS if unit != "token")
 
 
+@cache
 def program_of(name: str) -> Program:
     case = TINY[name]()
     return capture_torch(case.module, case.args)

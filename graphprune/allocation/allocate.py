@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -279,8 +280,8 @@ def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[S
             low = middle
     taken = list(steps[:high])
     counts = _counts(candidates, taken)
-    bypassing = any(isinstance(c.group.atom, Branch) for c, count in zip(candidates, counts) if count)
-    cost = model.cost(kept(counts))
+    now = kept(counts)
+    cost = model.cost(now)
     earlier: dict[tuple[int, int], int] = {}  # (candidate, count) -> count one step before
     last = [0] * len(candidates)
     for _, i, count in taken:
@@ -290,15 +291,15 @@ def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[S
     for _, i, count in reversed(taken):
         if i in stuck:
             continue
-        atom = candidates[i].group.atom
-        before = kept(counts)
-        counts[i] = earlier[i, count]
-        after = kept(counts)
-        changed = model.cost(after) if bypassing else cost - model.part(atom, before) + model.part(atom, after)
+        group, less = candidates[i].group, earlier[i, count]
+        price = model.cost if isinstance(group.atom, Branch) else partial(model.part, group.atom)
+        before = price(now)
+        now[group.atom] = group.size - less
+        changed = cost - before + price(now)
         if met(changed):
-            cost = changed
+            cost, counts[i] = changed, less
         else:
-            counts[i] = count
+            now[group.atom] = group.size - count
             stuck.add(i)
     return counts
 
