@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from graphprune.program import Node, Program, Value
 
@@ -39,7 +40,7 @@ def branches(program: Program) -> Iterator[Branch]:
         names = ADDITIONS.get(join.op)
         if names is None:
             continue
-        pair = [join.args.get(name) for name in names]
+        pair: list[Any] = [join.args.get(name) for name in names]
         if not all(isinstance(v, Value) and v.shape == join.outputs[0].shape for v in pair):
             continue
         for skip, end in (pair, pair[::-1]):

@@ -33,10 +33,10 @@ class Value:
 
     name: str
     kind: Kind
-    shape: tuple[int, ...] | None  # sizes at the example inputs; symbolic sizes are replaced by their hints
+    shape: Any  # tuple[int, ...]: sizes at the example inputs, symbolic ones replaced by their hints; None for a scalar
     dtype: torch.dtype | None
     dynamic: frozenset[int] = frozenset()  # axes whose size is symbolic
-    tensor: torch.Tensor | None = None  # never copied from the user's model
+    tensor: Any = None  # torch.Tensor of a weight or constant, never copied from the user's model
     producer: Node | None = None
     uses: list[Node] = field(default_factory=list)
 

@@ -35,7 +35,7 @@ def example_kwargs(module: nn.Module) -> dict[str, Any] | None:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def tokens(length: int = LENGTH) -> torch.Tensor:
-        vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 97)
+        vocabulary: int = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 97
         return torch.randint(3, max(4, vocabulary), (BATCH, length), generator=generator).to(device)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def example_kwargs(module: nn.Module) -> dict[str, Any] | None:
         "input_features": lambda: normal(BATCH, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
     }
     parameters = inspect.signature(module.forward).parameters
-    wanted = [module.main_input_name]
+    wanted: list[Any] = [module.main_input_name]
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         wanted.append("decoder_input_ids")
     if "pixel_values" in parameters and "input_ids" in parameters and hasattr(config, "vision_config"):

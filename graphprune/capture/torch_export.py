@@ -105,7 +105,7 @@ def _inlined(graph_module: fx.GraphModule) -> fx.GraphModule:
             skip = _WRAPPERS.get(getattr(node.target, "__name__", str(node.target))) if node.op == "call_function" else None
             if skip is None:
                 continue
-            body = graph_module.get_submodule(node.args[skip].target)
+            body: Any = graph_module.get_submodule(node.args[skip].target)
             again = True
             inputs = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[skip + 1 :]))
             with graph.inserting_before(node):
@@ -221,7 +221,8 @@ def _value(name: str, kind: Kind, meta: Any, tensor: torch.Tensor | None = None)
         if isinstance(meta, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             hint = meta.node.hint
         return Value(name, kind, None, None, tensor=torch.tensor(hint) if isinstance(hint, (int, float, bool)) else None)
-    shape, dynamic = [], set()
+    shape: list[int] = []
+    dynamic: set[int] = set()
     for axis, length in enumerate(meta.shape):
         if isinstance(length, torch.SymInt):
             symbolic = not length.node.is_constant() and not str(length.node.expr).isdigit()
@@ -256,8 +257,7 @@ def _attribute(graph_module, name, parameters, buffers, weights, aliases, by_sto
 
 def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     target = fx_node.target
-    given = fx.map_arg((fx_node.args, dict(fx_node.kwargs)), lambda n: _Ref(env[n]))
-    positional, keywords = given
+    positional, keywords = fx.map_arg((fx_node.args, dict(fx_node.kwargs)), lambda n: _Ref(env[n]))  # type: ignore[arg-type, return-value, misc]
     if isinstance(target, torch._ops.OpOverload):
         domain = target.namespace
         op_type = target._schema.name.partition("::")[2]

@@ -100,6 +100,8 @@ class Engine:
         """a and b are the same axis."""
         if 0 in (ax.size(a), ax.size(b)):
             return self.freeze([*a, *b], Reason.FIXED)
+        if ax.size(a) != ax.size(b) and any(v.dynamic for v in (*self.node.inputs, *self.node.outputs)):
+            return self.freeze([*a, *b], Reason.DYNAMIC, "a size is known only when the model runs")
         ax.unify(a, b, self.node.name)
 
     def broadcast(self, a: Axis, b: Axis) -> Axis:
@@ -213,10 +215,10 @@ class Engine:
                     pending.append((dims[at], axis))
                     at += 1
         while pending:  # a pass per newly known size; lines are short
-            waiting = [(axis, word) for axis, word in pending if not bind(axis, word)]
+            waiting = [(dim, word) for dim, word in pending if not bind(dim, word)]
             if len(waiting) == len(pending):
-                for axis, _ in waiting:
-                    self.freeze(axis, Reason.UNALIGNED, "a size in the rule is not determined")
+                for dim, _ in waiting:
+                    self.freeze(dim, Reason.UNALIGNED, "a size in the rule is not determined")
                 break
             pending = waiting
         for letter, tag in (marks or {}).items():

@@ -30,10 +30,13 @@ def apply_cut(program: Program, cut: Cut) -> Program:
     nodes = {node.source: node for node in program.nodes}
     origin = {v: n for n, found in source.values.items() for v in (found if isinstance(found, tuple) else (found,)) if isinstance(v, Value)}
     tensors = sliced_weights(program, cut)
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, Any] = {}
 
-    def kept(positions: np.ndarray, device: torch.device | str = "cpu") -> fx.Node:
+    place = next((t.device for t in tensors.values()), torch.device("cpu"))
+
+    def kept(positions: np.ndarray, device: torch.device | str = place) -> fx.Node:
         name = f"lifted_tensor_kept_{len(attributes)}"  # a constant for `from_graph_module`
         while hasattr(old, name):  # the network was cut before
             name += "_"

@@ -93,7 +93,8 @@ def distance(a: Sequence[Any], b: Sequence[Any]) -> float:
 def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int] = (0, 1, 2), dtype: torch.dtype = torch.float64, plan_hash: str = "", seconds: float = float("inf")) -> Certificate:
     """Compare the pruned program with the masked original on several random inputs; after `seconds` no further input is begun."""
     error = floor = effect = 0.0
-    start, done = time.perf_counter(), []
+    start = time.perf_counter()
+    done: list[int] = []
     for seed in seeds:
         if done and time.perf_counter() - start > seconds:
             break

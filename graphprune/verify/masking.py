@@ -190,14 +190,6 @@ def _group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[
 
 
 def _batch_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
-    """Statistics of the batch over the kept positions."""
-    rank = args["input"].dim()
-    shaped = {name: args[name].reshape([-1 if i == 1 else 1 for i in range(rank)]) for name in ("weight", "bias") if args.get(name) is not None}
-    over = [i for i in range(rank) if i != 1]
-    return normalised("input", "weight", "bias", True, lambda _: over, lambda a: a["eps"])({**args, **shaped}, gone, compute)
-
-
-def _batch_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
     """Statistics of the batch, over kept positions."""
     rank = args["input"].dim()
     affine = {name: args[name].reshape([1, -1] + [1] * (rank - 2)) for name in ("weight", "bias") if args.get(name) is not None}
@@ -235,7 +227,6 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     **{("aten", op): _batch_norm for op in ("batch_norm", "native_batch_norm")},
     **{("aten", op): normalised("input", "weight", "bias", True, _trailing, _aten_eps) for op in ("layer_norm", "native_layer_norm")},
     **{("aten", op): normalised("input", "weight", "bias", False, _trailing, _aten_eps) for op in ("rms_norm", "_fused_rms_norm")},
-    ("aten", "batch_norm"): _batch_norm,
     **{("aten", op): _group_norm for op in ("group_norm", "native_group_norm")},
 }
 
@@ -255,12 +246,12 @@ NEUTRAL |= {
     ("", "LogSoftmax"): zero_after(fill(-torch.inf)),
     **{("", op): fill(torch.inf) for op in ("ReduceMin", "ArgMin")},
     ("", "ReduceMean"): only_kept,
-    **{("", op): as_is for op in ("LSTM", "GRU", "RNN", "OneHot", "Gather", "GatherElements", "ScatterElements", "Scatter", "ConstantOfShape")},
+    **{("", op): as_is for op in ("LSTM", "GRU", "RNN", "OneHot", "Gather", "GatherElements", "GatherND", "ScatterElements", "Scatter", "ConstantOfShape")},
     ("", "LayerNormalization"): normalised("X", "Scale", "B", True, _onnx_after, lambda args: args["epsilon"]),
     ("", "RMSNormalization"): normalised("X", "scale", "", False, _onnx_after, lambda args: args["epsilon"]),
     ("", "GroupNormalization"): _onnx_group_norm,
 }
 
-UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
+UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy", "_weight_norm")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
 
 __all__ = ["NEUTRAL", "UNDEFINED_AT_ZERO", "run_masked", "substitute"]
