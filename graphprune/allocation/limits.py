@@ -50,7 +50,7 @@ def rounding(group: Group, round_to: int | str) -> int:
 
 def in_grouped_convolution(weight: Value) -> bool:
     """Is it the weight of a convolution with several groups of more than one channel?"""
-    shape = weight.shape or ()
+    shape: tuple[int, ...] = weight.shape or ()
     if len(shape) < 3 or shape[1] == 1:
         return False
     return any(int(node.args.get("groups") or node.args.get("group") or 1) > 1 for node in weight.uses)
