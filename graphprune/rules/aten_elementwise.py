@@ -123,6 +123,11 @@ def addcdiv(engine: Engine, node: Node) -> None:
     fam.pointwise(engine, tensors(node), [node["self"]], [node["tensor1"]])
 
 
+def copy(engine: Engine, node: Node) -> None:
+    """The second operand, at the shape of the first."""
+    fam.pointwise(engine, tensors(node), [node["src"]])
+
+
 def lerp(engine: Engine, node: Node) -> None:
     fam.pointwise(engine, tensors(node), [node["self"]], [node["end"]])
 
@@ -220,6 +225,17 @@ def batch_norm(engine: Engine, node: Node) -> None:
         engine.flows[-1].over += tuple(over)
 
 
+def weight_norm(engine: Engine, node: Node) -> None:
+    """v / |v| * g, with one norm for each position of an axis."""
+    v, g, out = node["v"], node["g"], node.outputs[0]
+    dims = fam.aligned(engine, [v, g], out)
+    for axis, scale in zip(dims, g.shape):
+        if scale == 1:
+            engine.mark(axis, "renorm")
+    engine.set(out, dims)
+    engine.flow(out, [v, g])
+
+
 def instance_norm(engine: Engine, node: Node) -> None:
     if not node["use_input_stats"]:
         return engine.spec(BATCH_NORM)
@@ -249,6 +265,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "addcmul": addcmul,
     "addcdiv": addcdiv,
     "lerp": lerp,
+    "copy": copy,
     # f(0) == 0
     **dict.fromkeys(
         "relu gelu silu tanh neg negative abs absolute sqrt relu6 leaky_relu elu selu celu mish hardswish sin asin arcsin tan atan arctan sinh asinh arcsinh "
@@ -300,6 +317,7 @@ NORMS: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
     "_native_batch_norm_legit_no_training": BATCH_NORM,
     "instance_norm": instance_norm,
+    "_weight_norm": weight_norm,
     **dict.fromkeys(("group_norm", "native_group_norm"), group_norm),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), normalize_axes),
 }

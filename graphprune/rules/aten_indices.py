@@ -38,6 +38,9 @@ def index(engine: Engine, node: Node) -> None:
         return _boolean_index(engine, node, picks)
     dims = engine.axes(x)
     used = [i for i, p in enumerate(picks) if p is not None]
+    if len(used) == 1 and (part := _constant_positions(engine, x, used[0], picks[used[0]])) is not None:
+        engine.set(out, [part if i in used else a for i, a in enumerate(dims)])
+        return engine.flow(out, [x], dropped=[dims[used[0]]])
     block: list[Axis] = [[] for _ in range(max((len(picks[i].shape) for i in used), default=0))]
     for i in used:
         for k, axis in enumerate(reversed(engine.axes(picks[i])), 1):
@@ -51,6 +54,12 @@ def index(engine: Engine, node: Node) -> None:
     fam.keep_index(engine, x)
     for i in used:
         fam.picked(engine, x, picks[i])
+
+
+def _constant_positions(engine: Engine, x: Value, axis: int, picks: Value) -> Axis | None:
+    if not fam.is_constant(picks) or picks.tensor is None or len(picks.shape or ()) != 1:
+        return None
+    return fam.selection(engine, x, axis, picks.tensor.tolist())
 
 
 def _boolean_index(engine: Engine, node: Node, picks: list[Value | None]) -> None:
@@ -106,6 +115,10 @@ def index_select(engine: Engine, node: Node) -> None:
     x, picks, dim = node["self"], node["index"], node["dim"]
     dims = list(engine.axes(x))
     chosen = dims[dim]
+    if (part := _constant_positions(engine, x, dim % len(dims), picks)) is not None:
+        dims[dim] = part
+        engine.set(node.outputs[0], dims)
+        return engine.flow(node.outputs[0], [x], dropped=[chosen])
     fam.index_axis(engine, chosen, picks)
     dims[dim] = engine.axes(picks)[0] if picks.shape else []
     engine.set(node.outputs[0], dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphprune.axes import Axis, Factor, size, sum_of
 from graphprune.errors import Reason
-from graphprune.program import Node, Value, leaves
+from graphprune.program import Node, leaves
 from graphprune.rules import families as fam
 from graphprune.rules.aten_elementwise import Rule, first, integer, unsupported
 from graphprune.rules.engine import Engine

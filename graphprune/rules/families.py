@@ -103,6 +103,8 @@ def split(engine: Engine, x: Value, axis: int, lengths: Sequence[int]) -> None:
     """One result per part of the axis."""
     dims = engine.axes(x)
     axis %= len(dims)
+    if sum(lengths) != size(dims[axis]):  # lengths that are known only when the model runs
+        return engine.unsupported(Reason.DYNAMIC)
     parts: list[Axis] = [[] if n == 1 else [Factor(n)] for n in lengths]
     if len(lengths) == 1:
         parts = [list(dims[axis])]
@@ -148,6 +150,21 @@ def slice_(engine: Engine, x: Value, axis: int, start: int, stop: int, step: int
     engine.set(out, dims)
     engine.flow(out, [x], dropped=[whole])
     keep_index(engine, x)
+
+
+RUNS = 8  # a selection of more stretches than this is a table look-up, not a slice
+
+
+def selection(engine: Engine, x: Value, axis: int, positions: Sequence[int]) -> Axis | None:
+    """The axis that constant distinct positions make: stretches of the old one side by side. None where it is a table look-up."""
+    length = size(engine.axes(x)[axis])
+    positions = [p % length for p in positions]
+    starts = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1] + 1]
+    if not positions or len(starts) > RUNS or len(set(positions)) < len(positions):
+        return None
+    runs = [(positions[a], positions[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(positions)])]
+    parts = [slice_axis(engine, x, axis, start, stop) for start, stop in runs]
+    return parts[0] if len(parts) == 1 else [sum_of(parts)]
 
 
 def select(engine: Engine, x: Value, axis: int) -> None:

@@ -241,6 +241,13 @@ def _onnx_group_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> t
     return _group_norm({"input": x, "num_groups": args["num_groups"], "eps": args["epsilon"], "weight": scale, "bias": bias}, gone, compute)
 
 
+def _onnx_instance_norm(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
+    shape = [1, -1] + [1] * (args["input"].dim() - 2)
+    affine = {name: args[name].reshape(shape) for name in ("scale", "B")}
+    style = normalised("input", "scale", "B", True, lambda a: range(2, a["input"].dim()), lambda a: a["epsilon"])
+    return style({**args, **affine}, gone, compute)
+
+
 NEUTRAL |= {
     **{("", op): fill(-torch.inf) for op in ("Softmax", "Hardmax", "TopK", "ArgMax", "ReduceMax", "ReduceLogSumExp")},
     ("", "LogSoftmax"): zero_after(fill(-torch.inf)),
@@ -250,6 +257,7 @@ NEUTRAL |= {
     ("", "LayerNormalization"): normalised("X", "Scale", "B", True, _onnx_after, lambda args: args["epsilon"]),
     ("", "RMSNormalization"): normalised("X", "scale", "", False, _onnx_after, lambda args: args["epsilon"]),
     ("", "GroupNormalization"): _onnx_group_norm,
+    ("", "InstanceNormalization"): _onnx_instance_norm,
 }
 
 UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy", "_weight_norm")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
