@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.analysis import analyze
-from graphprune.capture.torch_export import TorchSource, capture_torch
+from graphprune.capture.torch_export import TorchSource, capture_torch, from_graph_module
 from graphprune.errors import GraphPruneError, InvalidInput
 from graphprune.execute.interpreter import run
 from graphprune.program import Kind, Node, Program
@@ -52,10 +55,12 @@ class EditedGraph(nn.Module):
             if hasattr(shell, name):
                 setattr(self, name, getattr(shell, name))
         self.original = type(shell).__name__
+        self.selected = {i: tuple(keeps) for i, keeps in (selections or {}).items()}
         self._signature = _signature(shell)
         self._names, captured = _arranged(self._signature, source.args, source.kwargs)
         self._captured, self._in_spec = pytree.tree_flatten(captured)
-        self._captured = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self._captured]
+        self._captured = [_kind(leaf) for leaf in self._captured]
+        self._literals = {n: v for n, v in zip(self._names, captured) if not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(v))}
         self._out_spec = source.graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
         self._graph = self._owned(source.graph_module, pruned, selections or {})
         self._compile()
@@ -96,12 +101,7 @@ class EditedGraph(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _adopt(self, graph_module: fx.GraphModule, name: str, count: int) -> str:
-        found: Any = graph_module
-        for part in name.split("."):
-            found = getattr(found, part)
-        mine: Any = self
-        for part in name.split("."):
-            mine = getattr(mine, part, None)
+        found, mine = attribute_of(graph_module, name), attribute_of(self, name)
         if isinstance(mine, torch.Tensor) and isinstance(found, torch.Tensor) and mine.shape == found.shape and not name.startswith(("_kept_", "lifted_tensor", "_lifted")):
             return name
         fresh = f"_constant_{count}"
@@ -146,10 +146,12 @@ class EditedGraph(nn.Module):
         extra = [n for n, v in given.items() if n not in self._names and v is not None and not _is_default(self._signature, n, v)]
         if extra:
             raise InvalidInput(f"the graph of {self.original} was captured without the argument {extra[0]!r}; capture it with an example of it")
-        wanted = [given.get(n, _default(self._signature, n)) for n in self._names]
+        wanted = [self._literals[n] if given.get(n) is None and n in self._literals else given.get(n, _default(self._signature, n)) for n in self._names]
         leaves, spec = pytree.tree_flatten(wanted)
-        if spec != self._in_spec or any(isinstance(a, torch.Tensor) is not (b is None) and a is not None for a, b in zip(leaves, self._captured)):
-            raise InvalidInput(f"the graph of {self.original} was captured with the arguments {', '.join(self._names)} nested as {self._in_spec}, found {spec}")
+        if spec != self._in_spec or [_kind(leaf) for leaf in leaves] != self._captured:
+            expected = ", ".join(f"{name}: {_kinds(value)}" for name, value in zip(self._names, pytree.tree_unflatten(self._captured, self._in_spec)))
+            found = ", ".join(f"{name}: {_kinds(pytree.tree_map(_kind, value))}" for name, value in zip(self._names, wanted))
+            raise InvalidInput(f"the graph of {self.original} was captured with the arguments {expected}; found {found}")
         if self.training:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.num_batches_tracked is not None:
@@ -158,6 +160,23 @@ class EditedGraph(nn.Module):
 
     def extra_repr(self) -> str:
         return f"edited graph of {self.original}, {len(self._graph.nodes)} nodes"
+
+
+def _kind(leaf: Any) -> Any:
+    """What an argument must be: any tensor, or this very literal."""
+    return "tensor" if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _kinds(tree: Any) -> str:
+    return str(tree).replace("'", "")
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """What a dotted name refers to; None if nothing."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _when(training: bool, p: float) -> float:
@@ -221,10 +240,12 @@ def _length(inputs: Sequence[Any]) -> int:
     return next((x.shape[1] for x in tensors if (x.dim() == 2 and not x.is_floating_point()) or (x.dim() == 3 and x.is_floating_point())), 0)
 
 
-def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program) -> tuple[EditedGraph, str]:
-    """The whole network as its edited graph, for as many input sizes as it allows; and a word about them."""
+def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program, deadline: float = math.inf) -> tuple[EditedGraph, str]:
+    """The whole network as its edited graph, for as many input sizes as it allows and time permits; and a word about them."""
     source: TorchSource = program.source
     for freedom in list(FREEDOMS)[:-1]:
+        if time.monotonic() > deadline:
+            break
         try:
             other = recaptured(source.module, source.args, source.kwargs, freedom)
             found = EditedGraph(shell, apply_cut(other, transferred(program, cut, other)))
@@ -247,26 +268,36 @@ def _check(graph: EditedGraph, source: TorchSource, pruned: Program) -> None:
 
 
 def edited_submodule(
-    original: nn.Module, path: str, call: tuple[tuple, Mapping[str, Any]], arriving: Sequence[Any], shell: nn.Module, program: Program, cut: Cut, freedom: str
+    other: Program,
+    path: str,
+    arriving: Sequence[Any] | None,
+    shell: nn.Module,
+    program: Program,
+    cut: Cut,
+    selected: Mapping[int, Sequence[int]] | None = None,
 ) -> EditedGraph:
     """One sub-module as its own edited graph.
 
     Args:
-        original: the sub-module before the cut; `call` is a call of it.
-        arriving: flat arguments of that call in the pruned network, where what does not come from weights may have its old size.
+        other: the sub-module before the cut, captured by itself.
+        arriving: its flat arguments in the pruned network, where what does not come from weights may have its old size; None where the network does not run that far.
         shell: the same sub-module of the pruned network.
+        selected: flat input -> axes that arrive with their old size; taken from a module like this one where `arriving` is None.
 
     Raises:
-        GraphPruneError: it does not export, or its own graph does not contain the cut.
+        GraphPruneError: its own graph does not contain the cut.
     """
-    other = recaptured(original, *call, freedom)
     new = transferred(program, cut, other, f"{path}." if path else "")
-    selections = {}
-    for i, (value, tensor) in enumerate(zip(other.inputs, arriving)):
-        if isinstance(tensor, torch.Tensor) and value.shape is not None:
-            keeps = {axis: keep for axis, keep in new.keeps(value).items() if tensor.dim() > axis and tensor.shape[axis] == value.shape[axis]}
-            if keeps:
-                selections[i] = keeps
+    selections: dict[int, dict[int, np.ndarray]] = {}
+    for i, value in enumerate(other.inputs):
+        for axis, keep in (new.keeps(value) if value.shape is not None else {}).items():
+            if arriving is not None:
+                tensor = arriving[i]
+                old = isinstance(tensor, torch.Tensor) and tensor.dim() > axis and tensor.shape[axis] == value.shape[axis]
+            else:
+                old = axis in (selected or {}).get(i, ())
+            if old:
+                selections.setdefault(i, {})[axis] = keep
     return EditedGraph(shell, apply_cut(other, new), selections)
 
 
@@ -288,6 +319,23 @@ def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     shapes = {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
     return capture_torch(module, args, kwargs, shapes)
+
+
+def rebound(program: Program, module: nn.Module) -> Program:
+    """A captured sub-module with the weights of another one of its class; constants of its code are taken to be the same."""
+    source: TorchSource = program.source
+    held = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    attributes: dict[str, Any] = {}
+    for node in source.graph_module.graph.nodes:
+        if node.op == "get_attr":
+            attributes[node.target] = held[node.target] if node.target in held else attribute_of(source.graph_module, node.target)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source.graph_module.graph, {}))
+    for new, old in zip(graph.nodes, source.graph_module.graph.nodes):
+        new.meta = dict(old.meta)
+    graph._codegen = source.graph_module.graph._codegen
+    graph_module = fx.GraphModule(attributes, graph)
+    return from_graph_module(graph_module, program.example_inputs, replace(source, module=module, graph_module=graph_module, values={}))
 
 
 def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") -> Cut:
@@ -315,6 +363,8 @@ def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") ->
             break
     new = Cut(other.analysis, removed)
     for name, value in other.weights.items():
+        if value.kind is not Kind.PARAMETER and prefix + name not in program.weights and prefix + name not in program.aliases:
+            continue  # a constant of the whole graph
         for axis in range(len(value.shape or ())):
             ours, theirs = new.keep(value, axis), kept(name, axis)
             if (ours is None) != (theirs is None) or (ours is not None and theirs is not None and not np.array_equal(ours, np.flatnonzero(theirs))):

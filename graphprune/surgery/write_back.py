@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,15 @@ from graphprune.program import Program
 from graphprune.surgery.attributes import Choice, Sizes, known, layer_edits, scope_of
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Edit, Workspace, apply_edits, set_tensors
-from graphprune.surgery.fallback import FREEDOMS, GIVING_UP, EditedGraph, edited_graph, edited_submodule
+from graphprune.surgery.fallback import FREEDOMS, GIVING_UP, EditedGraph, edited_graph, edited_submodule, rebound, recaptured
 from graphprune.surgery.substitutes import substitute_for
 from graphprune.verify.module import Failure, Reference
 
 log = logging.getLogger("graphprune")
 
 MAX_RUNS = 150  # forward runs of the search
-MAX_SECONDS = 30.0
+MAX_SECONDS = 30.0  # of processor time
+MAX_WAIT = 60.0  # by the clock
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class _Search:
         self.replacements = replacements
         self.notes: list[str] = []
         self.substitutes: dict[str, str] = {}
-        self.runs, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.templates: dict[tuple, Program] = {}
+        self.runs, self.started, self.deadline = 0, time.process_time(), time.monotonic() + MAX_WAIT
 
     def result(self) -> WriteBack:
         try:
@@ -142,9 +144,8 @@ class _Search:
         return tuple(e for e in (*self.layer_edits, *chosen) if e.path not in graphs)
 
     def _set(self, choice: Choice) -> None:
-        edit = choice.edit
-        current = self.workspace.module(choice.path)
-        if edit.new != edit.old or choice.taken or hasattr(current, edit.attribute.split(".")[0]):
+        if not isinstance(self.workspace.module(choice.path), EditedGraph):
+            edit = choice.edit
             self.workspace.set(edit.path, edit.attribute, edit.new)
 
     def _run(self) -> Failure | None:
@@ -153,7 +154,7 @@ class _Search:
 
     @property
     def _exhausted(self) -> bool:
-        return self.runs >= MAX_RUNS or time.monotonic() > self.deadline
+        return self.runs >= MAX_RUNS or time.process_time() - self.started > MAX_SECONDS or time.monotonic() > self.deadline
 
     def _table_substitutes(self) -> None:
         weights = {name.rpartition(".")[0] for name in self.replacements}
@@ -169,6 +170,8 @@ class _Search:
         """The failure after the best single change, which comes later in the graph; the same failure if nothing helps."""
         suspects = [s for s in failure.suspects if s in self.workspace._modules]
         for path in suspects:
+            if isinstance(self.workspace.module(path), EditedGraph):
+                continue
             found = self._attribute_step(path, failure)
             if found is not failure:
                 return found
@@ -243,7 +246,8 @@ class _Search:
         """The same for all modules of this class, kept if that is no step back."""
         name = type(done[0][1]).__qualname__
         siblings = [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing and not _nested(p, path)]
-        more = self._graphs(siblings, freedom) if after is not None else []
+        first = self.workspace.module(path)
+        more = self._graphs(siblings, freedom, first.selected) if after is not None and isinstance(first, EditedGraph) else []
         if more:
             together = self._run()
             if together is None or (after is not None and together.position >= after.position):
@@ -259,7 +263,7 @@ class _Search:
         for p, shell in done:
             self.workspace.replace(p, shell)
 
-    def _graphs(self, paths: list[str], freedom: str) -> list[tuple[str, nn.Module]]:
+    def _graphs(self, paths: list[str], freedom: str, selected: Mapping[int, Sequence[int]] | None = None) -> list[tuple[str, nn.Module]]:
         """Replaces modules by their edited graphs; the path and the former module of each that was."""
         original = self.program.source.module
         calls, arriving = self._recorded(original, paths), self._recorded(self.module, paths)
@@ -269,15 +273,28 @@ class _Search:
             shell = self.workspace.module(p)
             if p not in calls or isinstance(shell, EditedGraph):
                 continue
-            flat = pytree.tree_leaves(arriving.get(p, calls[p]))
+            flat = pytree.tree_leaves(arriving[p]) if p in arriving else None
             try:
-                new = edited_submodule(modules[p], p, calls[p], flat, shell, self.program, self.cut, freedom)
+                new = edited_submodule(self._captured(modules[p], calls[p], freedom), p, flat, shell, self.program, self.cut, selected)
             except GIVING_UP as error:
                 log.debug("%s has no graph of its own for %s: %s", p, freedom, error)
                 continue
             done.append((p, shell))
             self.workspace.replace(p, new)
         return done
+
+    def _captured(self, module: nn.Module, call: tuple[tuple, dict[str, Any]], freedom: str) -> Program:
+        """A sub-module captured by itself; of several that look alike only the first one is, which is a guess that the next run confirms."""
+        weights = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x if isinstance(x, (int, float, str, type(None))) else "" for x in pytree.tree_leaves(call))
+        numbers = str({k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, list, tuple)) and not k.endswith(("idx", "id", "index"))})
+        key = (type(module), freedom, shapes, tuple((name, tuple(w.shape)) for name, w in weights), numbers)
+        if key in self.templates:
+            template = self.templates[key]
+            if template.source.module is not module:
+                return rebound(template, module)
+        self.templates[key] = recaptured(module, *call, freedom)
+        return self.templates[key]
 
     def _recorded(self, module: nn.Module, paths: list[str]) -> dict[str, tuple[tuple, dict[str, Any]]]:
         """Arguments of the first call of some modules, as far as the network runs."""
@@ -314,7 +331,7 @@ class _Search:
         shell = getattr(self, "module", None)
         if shell is None or self.substitutes:
             shell = copied(self.program.source.module, self.replacements)
-        module, shapes = edited_graph(shell, self.program, self.cut, self.pruned)
+        module, shapes = edited_graph(shell, self.program, self.cut, self.pruned, self.deadline)
         return WriteBack(module, "graph", (why, f"the result is the edited graph, for {shapes}"))
 
     def _switch_cache_off(self) -> None:
