@@ -155,6 +155,14 @@ sample("RNN", (7, 2, 5), (1, 6, 5), (1, 6, 6), (1, 12), None, (1, 2, 6), outputs
 sample("BatchNormalization", (3, 5, 4, 7), (5,), (5,), (5,), positive(5))
 sample("BatchNormalization", (3, 5), (5,), (5,), (5,), positive(5), opset=9)
 sample("InstanceNormalization", (3, 5, 4, 7), (5,), (5,))
+chain(
+    "InstanceNormalization",
+    [(2, 12, 5), (12, 1), Fixed([0, 3, -1]), Fixed([1, 1, 1], np.float32), Fixed([0, 0, 0], np.float32), Fixed([0, 12, -1])],
+    ("Reshape", ["x0", "x2"], ["g"], {}),
+    ("InstanceNormalization", ["g", "x3", "x4"], ["n"], {}),
+    ("Reshape", ["n", "x5"], ["r"], {}),
+    ("Mul", ["r", "x1"], ["y"], {}),
+)
 sample("GroupNormalization", (3, 12, 5), (12,), (12,), num_groups=3, opset=21)
 sample("GroupNormalization", (3, 12, 5), (3,), (3,), num_groups=3, opset=18)
 sample("GroupNormalization", (3, 12, 5), (12,), (12,), num_groups=12, opset=21)
@@ -277,6 +285,9 @@ chain("Gather", [(3, 5), (5, 7), Fixed([2])], two, ("Gather", ["x1", "i"], ["y"]
 sample("GatherElements", (3, 11, 7), ints(11, 3, 4, 7), axis=1)
 chain("GatherElements", [(3, 5), (3, 5), Fixed([2])], two, ("GatherElements", ["x1", "i"], ["y"], {"axis": 1}))
 sample("GatherND", (3, 5, 7), ints(3, 4, 2))
+sample("GatherND", (3, 5, 7), ints(3, 4, 1))
+last: Step = ("Unsqueeze", ["i", "x3"], ["j"], {})
+chain("GatherND", [(3, 5), (5, 7), Fixed([2]), Fixed([-1])], two, last, ("GatherND", ["x1", "j"], ["y"], {}), outputs=("y", "v"))
 sample("GatherND", (2, 5, 7), ints(2, 2, 1), batch_dims=1)
 sample("Scatter", (3, 5), ints(3, 2, 5), (2, 5), opset=10)
 sample("ScatterElements", (3, 11, 7), lambda: torch.rand(3, 11, 7).argsort(1)[:, :4], (3, 4, 7), axis=1)

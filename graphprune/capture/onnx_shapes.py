@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ log = logging.getLogger("graphprune")
 
 BATCH_HINTS = (2, 1)
 SIZE_HINTS = (32, 64, 48, 96, 128, 160, 192, 224, 256, 320, 512, 576, 288, 640, 1024, 16000, 8, 4)
+LARGEST_INPUT = 20_000_000  # entries of a made-up input
 _UNKNOWN = object()  # a value whose shape nobody knows
 _DATA_SHAPED = {"NonZero", "Compress", "Unique", "NonMaxSuppression", "StringSplit", "If", "Loop", "Scan"}
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -340,6 +342,8 @@ def shape_runs(
     base: dict[Value, Tensor] | None = given
     failure: Exception | None = None
     for sizes in candidates:
+        if given is None and any(math.prod(shape) > LARGEST_INPUT for shape in _shapes_at(sources, symbols, sizes)):
+            continue
         tensors = given if given is not None else _made_up(inputs, sources, symbols, sizes)
         try:
             first = _attempt(nodes, tensors, sizes)
@@ -382,7 +386,11 @@ def _first_sizes(symbols: Mapping[tuple[int, int], str]) -> Iterator[dict[str, i
 def _made_up(
     inputs: Sequence[Value], sources: Sequence[ir.Value], symbols: Mapping[tuple[int, int], str], sizes: Mapping[str, int]
 ) -> dict[Value, Tensor]:
-    return {v: _fill(v, _shape_at(s.shape or (), i, symbols, sizes), s) for i, (v, s) in enumerate(zip(inputs, sources))}
+    return {v: _fill(v, shape, s) for v, s, shape in zip(inputs, sources, _shapes_at(sources, symbols, sizes))}
+
+
+def _shapes_at(sources: Sequence[ir.Value], symbols: Mapping[tuple[int, int], str], sizes: Mapping[str, int]) -> list[list[int]]:
+    return [_shape_at(source.shape or (), i, symbols, sizes) for i, source in enumerate(sources)]
 
 
 def _shape_at(shape: Iterable[Any], i: int, symbols: Mapping[tuple[int, int], str], sizes: Mapping[str, int]) -> list[int]:

@@ -216,6 +216,18 @@ def group_norm(engine: Engine, node: Node) -> None:
     )
 
 
+def instance_norm(engine: Engine, node: Node) -> None:
+    """Statistics over all axes after the channel: exporters write a group norm as one, with a group for a channel."""
+    x, scale, bias = node["input"], node["scale"], node["B"]
+    dims = engine.axes(x)
+    for tensor in (scale, bias):
+        engine.equate(dims[1], engine.axes(tensor)[0])
+    for axis in dims[2:]:
+        engine.mark(axis, "renorm")
+    engine.set(node.outputs[0], dims)
+    engine.flow(node.outputs[0], [x, scale], [bias], over=dims[2:])
+
+
 def batch_norm(engine: Engine, node: Node) -> None:
     if len(node.outputs) > 1:
         return engine.unsupported(Reason.FIXED, "training mode")
@@ -279,7 +291,7 @@ ONNX: dict[str, Rule] = {
     "RNN": recurrent(1),
     # norms
     "BatchNormalization": batch_norm,
-    "InstanceNormalization": "input[b c *] scale[c] + B[c] -> b c *",
+    "InstanceNormalization": instance_norm,
     "GroupNormalization": group_norm,
     "LayerNormalization": layer_norm,
     "RMSNormalization": layer_norm,

@@ -112,6 +112,7 @@ def gather(engine: Engine, node: Node) -> None:
     engine.set(node.outputs[0], [*dims[:axis], *engine.axes(picks), *dims[axis + 1 :]])
     engine.flow(node.outputs[0], [x], over=[dims[axis]])
     fam.keep_index(engine, x)
+    fam.picked(engine, x, picks)
 
 
 def gather_elements(engine: Engine, node: Node) -> None:
@@ -127,6 +128,7 @@ def gather_elements(engine: Engine, node: Node) -> None:
     engine.set(node.outputs[0], at)
     engine.flow(node.outputs[0], [x], over=[dims[axis]])
     fam.keep_index(engine, x)
+    fam.picked(engine, x, picks)
 
 
 def scatter_elements(engine: Engine, node: Node) -> None:
@@ -147,7 +149,15 @@ def scatter_elements(engine: Engine, node: Node) -> None:
 
 
 def gather_nd(engine: Engine, node: Node) -> None:
+    """With one index per pick, and no batch, the leading axis is addressed; otherwise the leading axes are fixed."""
     x, picks, out = node["data"], node["indices"], node.outputs[0]
+    if sizes(picks)[-1] == 1 and not node["batch_dims"]:
+        dims = engine.axes(x)
+        fam.index_axis(engine, dims[0], picks)
+        engine.set(out, [*engine.axes(picks)[:-1], *dims[1:]])
+        engine.flow(out, [x], over=[dims[0]])
+        fam.keep_index(engine, x)
+        return fam.picked(engine, x, picks)
     dims, depth = engine.axes(x), picks.shape[-1] + node["batch_dims"]
     for axis in (*dims[:depth], *engine.axes(picks)):
         engine.freeze(axis, Reason.FIXED)
