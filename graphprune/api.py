@@ -312,6 +312,9 @@ def compile(
     from graphprune.backends.base import check_backend
 
     check_backend(backend)
+    from graphprune.repair import check_repairs
+
+    check_repairs(repair, calibration_data)
     if isinstance(model, nn.Module) and device is not None:
         model = model.to(device)
     clock = _Clock()

@@ -128,7 +128,7 @@ def _speed(before: Footprint, after: Footprint) -> list[Text]:
     if old is None or new is None:
         return []
     spread = f"{new.low_ms:.3g} to {new.high_ms:.3g} ms"
-    return [Text(f"speed  {old.median_ms / new.median_ms:.2f}x  ({new.backend}, {new.device}; most runs took {spread})")]
+    return [Text(f"speed  {old.median_ms / new.median_ms:.2f}x  ({new.backend}, {new.device}; quartiles {spread})")]
 
 
 def _kinds(groups: Iterable[GroupSummary]) -> Table:
