@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
-from graphprune.errors import CaptureError, InvalidInput, VerificationFailed
+from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.report import Footprint, Frozen, GroupSummary, PassRecord, Report, changes
+from graphprune.repair import DATA_FREE, check_repairs, repaired
+from graphprune.report import Frozen, GroupSummary, Latency, PassRecord, Report, changes
 from graphprune.surgery import Cut, apply_cut
 from graphprune.units import DEFAULT_UNITS
 from graphprune.verify.certificate import Certificate, certify
@@ -186,14 +187,12 @@ def apply(
         with clock("verify"):
             certificate = _certificate(program, pruned, cut, plan, verify)
     module, written, notes = None, None, []
-    if plan.repair:
-        if calibration_data is None and any(name != "bn" for name in plan.repair):
-            notes.append(f"the plan names the repair {', '.join(plan.repair)}; it was skipped for want of calibration_data")
-        else:
-            from graphprune.repair import repaired
-
-            with clock("repair"):
-                pruned = repaired(program, cut, pruned, plan.repair, calibration_data)
+    repairs = [name for name in plan.repair if calibration_data is not None or name in DATA_FREE]
+    if len(repairs) < len(plan.repair):
+        notes.append(f"repair skipped for want of calibration_data: {', '.join(name for name in plan.repair if name not in repairs)}")
+    if repairs:
+        with clock("repair"):
+            pruned = repaired(program, cut, pruned, repairs, calibration_data)
     with clock("measure"):
         times = op_times(program, pruned)
     from graphprune.capture.torch_export import TorchSource
@@ -205,8 +204,42 @@ def apply(
             written = write_back(program, cut, pruned, inplace=inplace)
         module = written.module
         notes += list(written.notes)
+    with clock("measure"):
+        latency = _latency(program, pruned, module)
     report = _report(program, pruned, cut, plan, certificate, notes, times, clock.seconds)
+    if latency is not None:
+        report = replace(report, before=replace(report.before, latency=latency[0]), after=replace(report.after, latency=latency[1]))
     return Result(program, pruned, plan, report, certificate, backend, module, written)
+
+
+MEASURE_SECONDS = 0.5
+
+
+def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[Latency, Latency] | None:
+    """One call before and after, in turns: modules by PyTorch, ONNX files by ONNX Runtime where it is installed; None where neither runs."""
+    from graphprune.bench import compare, module_call
+    from graphprune.capture.torch_export import evaluating
+
+    if module is None:
+        try:
+            from graphprune.backends.onnxruntime import OnnxRuntimeModel
+
+            runs = [OnnxRuntimeModel(p) for p in (program, pruned)]
+            inputs = program.example_inputs
+            found = compare([lambda run=run: run(*inputs) for run in runs], ("before", "after"), "cpu, 1 thread", "onnxruntime", MEASURE_SECONDS)  # type: ignore[misc]
+        except GraphPruneError as why:
+            log.info("latency was not measured: %s", why)
+            return None
+        return found.before, found.after
+    source = program.source
+    device = str(next((v.tensor.device for v in program.weights.values()), "cpu"))
+    if device == "meta":
+        return None
+    where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else device
+    with evaluating(source.module), evaluating(module):
+        calls = [module_call(m, source.args, source.kwargs) for m in (source.module if module is not source.module else source.graph_module, module)]
+        found = compare(calls, ("before", "after"), where, "torch", MEASURE_SECONDS)
+    return found.before, found.after
 
 
 def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
@@ -307,14 +340,14 @@ def compile(
     for name, value, why in (("recipe", recipe, "no recipe is registered yet"), ("sparsity", sparsity, "masks are not implemented yet"), ("pattern", pattern, "masks are not implemented yet"), ("metric", metric, "the accuracy_drop budget is not implemented yet")):
         if value is not None:
             raise InvalidInput(f"{name}={value!r}: {why}")
+    if pruning_ratio is None and budget is None and not repair:
+        repair = DATA_FREE
+    check_repairs(repair, calibration_data)
     if on_unknown not in ("freeze", "raise"):
         raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
     from graphprune.backends.base import check_backend
 
     check_backend(backend)
-    from graphprune.repair import check_repairs
-
-    check_repairs(repair, calibration_data)
     if isinstance(model, nn.Module) and device is not None:
         model = model.to(device)
     clock = _Clock()

@@ -44,7 +44,7 @@ def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(module, torch.jit.ScriptModule):
         raise InvalidInput("a ScriptModule has no Python source to export; give the nn.Module that it was made from, or its ONNX export")
-    with _evaluating(module), torch.no_grad(), _scans():
+    with evaluating(module), torch.no_grad(), _scans():
         try:
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
@@ -60,7 +60,7 @@ def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the duration; each sub-module's own mode comes back."""
     modes = [(m, m.training) for m in module.modules()]
     module.train()  # some models keep derived weights (attention biases) from an earlier evaluation: leaving the mode drops them
