@@ -41,6 +41,7 @@ log = logging.getLogger("graphprune")
 OWN_OPTIONS = {
     "plan": "a Plan to apply; its groups that a graph does not hold are left out",
     "inner": "what compiles the pruned graph: 'inductor' (default), 'aot_eager', 'eager', or any backend of torch.compile",
+    "mode": "of inductor, as in torch.compile(mode=), which takes no options beside it",
     "verify": "True (default): each pruned graph without random numbers and batch statistics is compared with the masked graph",
     "on_unknown": "'freeze' (default) or 'raise'",
 }
@@ -138,15 +139,13 @@ class GraphPruneBackend:
     """A backend for `torch.compile`: `torch.compile(model, backend=GraphPruneBackend(pruning_ratio=0.5))`. `report` says what it did.
 
     Args:
-        mode: handed to inductor, as in `torch.compile(mode=)`.
         options: the planning arguments of `graphprune.compile`, and those of `OWN_OPTIONS`.
 
     Raises:
         InvalidInput: an option is unknown or cannot be used here.
     """
 
-    def __init__(self, *, mode: str | None = None, **options: Any) -> None:
-        self.mode = mode
+    def __init__(self, **options: Any) -> None:
         self.own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
         self.planning = options
         self.key = _key(options)
@@ -175,8 +174,8 @@ class GraphPruneBackend:
         if not isinstance(name, str):
             return name
         compiler: Callable[..., Any] = torch._dynamo.lookup_backend(name)
-        if name == "inductor" and self.mode:
-            patches = torch._inductor.list_mode_options(self.mode)
+        if name == "inductor" and self.own.get("mode"):
+            patches = torch._inductor.list_mode_options(self.own["mode"])
             return lambda graph_module, inputs: compiler(graph_module, inputs, config_patches=patches)
         return compiler
 
@@ -444,9 +443,10 @@ def graphprune_backend(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
     """The entry point behind `torch.compile(model, backend="graphprune", options=...)`."""
-    key = f"{_key(options or {})}, mode={mode}"
+    given = {**(options or {}), **({"mode": mode} if mode else {})}
+    key = _key(given)
     if key not in _backends:
-        _backends[key] = GraphPruneBackend(mode=mode, **(options or {}))
+        _backends[key] = GraphPruneBackend(**given)
     return _backends[key](graph_module, example_inputs)
 
 

@@ -401,7 +401,7 @@ def test_inductor_compiles_the_pruned_graph():
 @pytest.mark.parametrize(("make", "inputs"), MODELS)
 def test_cuda(make, inputs, mode):
     model = make().cuda()
-    compiled = torch.compile(model, backend="graphprune", options=HALF, mode=mode)
+    compiled = torch.compile(model, backend="graphprune", options={**HALF, "mode": mode})
     for batch in (2, 3):
         x = inputs(batch).cuda()
         for _ in range(3):  # a CUDA graph is captured at the second call
