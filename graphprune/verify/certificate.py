@@ -71,7 +71,7 @@ def random_inputs(program: Program, seed: int) -> list[Any]:
 
 
 def floating(outputs: Sequence[Any]) -> list[torch.Tensor]:
-    return [o.double() for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
+    return [o.detach().double() for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
 
 
 def distance(a: Sequence[Any], b: Sequence[Any]) -> float:
