@@ -103,7 +103,10 @@ def mark(axis: Iterable[Factor], tag: str, node: str) -> None:
         leaf.marks.setdefault(tag, node)
 
 
-def unify(xs: Axis, ys: Axis, node: str) -> None:
+DEEPEST = 64  # nested unifications; only an axis that is equal to a shifted copy of itself needs more
+
+
+def unify(xs: Axis, ys: Axis, node: str, depth: int = 0) -> None:
     """Make two axes of equal size the same axis, refining where sizes divide; what cannot be reconciled is frozen, alone.
 
     A shape is a mixed-radix number, so two factorisations may be cut only where their suffix products agree. The lists are walked right
@@ -118,7 +121,7 @@ def unify(xs: Axis, ys: Axis, node: str) -> None:
             del xs[-1], ys[-1]
         elif a.size == b.size:
             del xs[-1], ys[-1]
-            if not _merge(a, b, node):
+            if not _merge(a, b, node, depth):
                 _fail([a], [b], node)
         else:
             large, small = (xs, ys) if a.size > b.size else (ys, xs)
@@ -173,8 +176,10 @@ def _refine(factor: Factor, tail: int, node: str) -> bool:
     return True
 
 
-def _merge(a: Factor, b: Factor, node: str) -> bool:
+def _merge(a: Factor, b: Factor, node: str, depth: int) -> bool:
     """Identify two factors of equal size."""
+    if depth > DEEPEST:
+        return False
     if a.total is not None and b.total is None:
         a, b = b, a
     if a.total is None:  # a leaf joins the other
@@ -185,6 +190,9 @@ def _merge(a: Factor, b: Factor, node: str) -> bool:
             mark([b], tag, where)
         return True
     assert b.total is not None
+    if all(leaf.frozen for leaf in leaves_of([a, b])):  # nothing of either may be cut, so which parts are equal is of no matter
+        a.parent, a.total = b, None
+        return True
     left, right = [list(p) for p in a.total], [list(p) for p in b.total]
     merged: list[Axis] = []
     while left and right:
@@ -196,7 +204,7 @@ def _merge(a: Factor, b: Factor, node: str) -> bool:
                 return False
             rest.insert(0, cut[1])
             x, y = (cut[0], y) if longer is x else (x, cut[0])
-        unify(x, y, node)
+        unify(x, y, node, depth + 1)
         merged.append(x)
     b.total = merged
     a.parent, a.total = b, None
