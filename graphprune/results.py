@@ -26,6 +26,7 @@ from graphprune.errors import CaptureError, InvalidInput
 from graphprune.files import PathLike, atomic_dir, atomic_path
 from graphprune.plan import Plan
 from graphprune.surgery import apply_cut
+from graphprune.surgery.configs import checkpoint_config
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Workspace
 from graphprune.surgery.substitutes import substitute_for
@@ -93,9 +94,12 @@ def _exported(result: Any, file: Path) -> ir.Model:
 def _save_module(result: Any, folder: Path) -> None:
     module, original, written = result.module, result.program.source.module, result.written
     if hasattr(original, "save_pretrained") and hasattr(original, "config"):
-        config = copy.deepcopy(module.config)
+        config, layers = checkpoint_config(original, module, written.edits)
         config.architectures, config.dtype = [type(original).__name__], str(original.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
+        if layers:  # transformers says so, rather than build a network of other sizes
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"per_layer_config": layers}, indent=2) + "\n", encoding="utf-8")
         if getattr(module, "generation_config", None) is not None:
             with suppress(ValueError):  # a generation config that contradicts itself is not ours to mend
                 module.generation_config.save_pretrained(folder)

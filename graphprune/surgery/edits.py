@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Size = int | tuple[int, ...] | None
+Size = int | tuple[int, ...] | str | None
 
 
 @dataclass(frozen=True)

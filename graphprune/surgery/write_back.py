@@ -101,6 +101,7 @@ class _Search:
         self.replacements = replacements
         self.notes: list[str] = []
         self.substitutes: dict[str, str] = {}
+        self.kernel_edits: list[Edit] = []
         self.templates: dict[tuple, Program] = {}
         self.runs, self.started, self.deadline = 0, time.process_time(), time.monotonic() + MAX_WAIT
 
@@ -141,7 +142,7 @@ class _Search:
     def _edits(self) -> tuple[Edit, ...]:
         graphs = [path for path, kind in self.substitutes.items() if kind == "graph"]
         chosen = [c.edit for c in self.choices if c.edit.new != c.edit.old]
-        return tuple(e for e in (*self.layer_edits, *chosen) if e.path not in graphs)
+        return tuple(e for e in (*self.layer_edits, *chosen, *self.kernel_edits) if e.path not in graphs)
 
     def _set(self, choice: Choice) -> None:
         if not isinstance(self.workspace.module(choice.path), EditedGraph):
@@ -173,6 +174,9 @@ class _Search:
             if isinstance(self.workspace.module(path), EditedGraph):
                 continue
             found = self._attribute_step(path, failure)
+            if found is not failure:
+                return found
+            found = self._kernel_step(path, failure)
             if found is not failure:
                 return found
         for path in suspects:
@@ -217,6 +221,24 @@ class _Search:
             choice.taken = taken
             self._set(choice)
         return after
+
+    def _kernel_step(self, path: str, failure: Failure) -> Failure | None:
+        """Experts of transformers run in plain Python where a grouped kernel refuses their new width (its rows must be multiples of 16 bytes)."""
+        old = getattr(getattr(self.workspace.module(path), "config", None), "_experts_implementation", "eager")
+        if old == "eager" or path not in self.computing:
+            return failure
+        name = type(self.workspace.module(path)).__qualname__
+        alike = [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing]
+        for p in alike:
+            self.workspace.set(p, "config._experts_implementation", "eager")
+        after = self._run()
+        if after is None or after.position > failure.position:
+            self.kernel_edits += [Edit(p, "config._experts_implementation", old, "eager") for p in alike]
+            self.notes.append(f"{name} runs its experts one by one: {failure.reason}")
+            return after
+        for p in alike:
+            self.workspace.set(p, "config._experts_implementation", old)
+        return failure
 
     def _graph_step(self, path: str, failure: Failure) -> Failure | None:
         """The module, and all of its class that meet the cut, run their piece of the edited graph.
