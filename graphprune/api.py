@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
+from graphprune.measure import interleaved
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.repair import DATA_FREE, check_repairs, repaired
@@ -217,7 +219,6 @@ MEASURE_SECONDS = 0.5
 
 def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[Latency, Latency] | None:
     """One call before and after, in turns: modules by PyTorch, ONNX files by ONNX Runtime where it is installed; None where neither runs."""
-    from graphprune.bench import compare, module_call
     from graphprune.capture.torch_export import evaluating
 
     if module is None:
@@ -225,21 +226,25 @@ def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tup
             from graphprune.backends.onnxruntime import OnnxRuntimeModel
 
             runs = [OnnxRuntimeModel(p) for p in (program, pruned)]
-            inputs = program.example_inputs
-            found = compare([lambda run=run: run(*inputs) for run in runs], ("before", "after"), "cpu, 1 thread", "onnxruntime", MEASURE_SECONDS)  # type: ignore[misc]
         except GraphPruneError as why:
             log.info("latency was not measured: %s", why)
             return None
-        return found.before, found.after
+        inputs = program.example_inputs
+        return _timed([lambda run=run: run(*inputs) for run in runs], "cpu", "cpu, 1 thread", "onnxruntime")  # type: ignore[misc]
     source = program.source
-    device = str(next((v.tensor.device for v in program.weights.values()), "cpu"))
-    if device == "meta":
+    device = next((v.tensor.device for v in program.weights.values()), torch.device("cpu"))
+    if device.type == "meta":
         return None
-    where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else device
-    with evaluating(source.module), evaluating(module):
-        calls = [module_call(m, source.args, source.kwargs) for m in (source.module if module is not source.module else source.graph_module, module)]
-        found = compare(calls, ("before", "after"), where, "torch", MEASURE_SECONDS)
-    return found.before, found.after
+    original = source.module if module is not source.module else source.graph_module
+    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    with evaluating(source.module), evaluating(module), torch.no_grad():
+        return _timed([lambda m=m: m(*source.args, **source.kwargs) for m in (original, module)], device.type, where, "torch")  # type: ignore[misc]
+
+
+def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend: str) -> tuple[Latency, Latency]:
+    found = interleaved(dict(zip(("before", "after"), calls)), warmup=1, repeats=5, device=device, seconds=MEASURE_SECONDS)
+    before, after = (Latency(*(float(q) for q in np.quantile(found[name].times, (0.5, 0.25, 0.75))), where, backend) for name in ("before", "after"))
+    return before, after
 
 
 def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
