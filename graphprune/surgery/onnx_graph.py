@@ -30,6 +30,7 @@ def apply_cut(program: Program, cut: Cut) -> ir.Model:
     for node in program.walk():
         if node not in cut.bypassed:
             surgery.edit(node)
+    surgery.write_constants()
     surgery.bypass()
     surgery.declare_shapes()
     surgery.sweep()
@@ -51,6 +52,7 @@ class _Surgery:
         self.dead_before = set(_dead(self.model.graph))
         self.idle_before = set(_idle_initializers(self.model.graph))
         self._made: dict[tuple, ir.Value] = {}
+        self._wanted: dict[tuple[ir.Node, int], tuple[ir.Value | None, np.ndarray, str]] = {}  # operand -> what it was, is to be, is called
         self._moving: dict[ir.Value, bool] = {}
 
     def _pair(self, old: ir.Graph, new: ir.Graph) -> None:
@@ -69,17 +71,29 @@ class _Surgery:
         """Weights are cut where they lie: in an initializer, or in a `Constant` node."""
         for value, keeps in self.cut.weights.items():
             target = self.values[self.origin[value]]
-            if target.const_value is not None and target.is_initializer():
-                target.const_value = _taken(target.const_value, keeps, target.name)
-                target.shape, target.type = ir.Shape(target.const_value.shape), ir.TensorType(target.const_value.dtype)
-            else:
-                node = target.producer()
-                assert node is not None
-                name, attribute = next(iter(node.attributes.items()))
-                if name == "value":
-                    node.attributes[name] = ir.AttrTensor(name, _taken(attribute.as_tensor(), keeps, attribute.as_tensor().name))
-                else:
-                    node.attributes[name] = ir.AttrFloat32s(name, np.asarray(attribute.value)[keeps[0]].tolist())
+            array = _contents(target)
+            assert array is not None
+            for axis, keep in keeps.items():
+                array = np.take(array, keep, axis)
+            _overwrite(target, array)
+
+    def write_constants(self) -> None:
+        """Constants that changed: in place where all uses want the same, else beside the old ones."""
+        wanted: dict[ir.Value | None, list[tuple[ir.Node, int]]] = {}
+        for operand, (old, _, _) in self._wanted.items():
+            wanted.setdefault(old, []).append(operand)
+        for old, operands in wanted.items():
+            arrays = [self._wanted[operand][1] for operand in operands]
+            same = all(a.shape == arrays[0].shape and a.tobytes() == arrays[0].tobytes() for a in arrays)
+            uses = {(use.node, use.idx) for use in old.uses()} if old is not None else set()
+            if old is not None and same and uses == set(operands) and not old.is_graph_output() and _contents(old) is not None:
+                _overwrite(old, arrays[0])
+                continue
+            for node, position in operands:
+                _, array, name = self._wanted[node, position]
+                if position >= len(node.inputs):
+                    node.resize_inputs(position + 1)
+                node.replace_input_with(position, self.constant(array, name))
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer of the main graph with these contents; equal ones are made once."""
@@ -110,17 +124,14 @@ class _Surgery:
                 if value.kind is Kind.CONSTANT and value.tensor is not None:
                     keeps = {} if name in literal else self.cut.keeps(value, node)
                     if keeps or self.moves(source):
-                        self._replace(node, value, self.constant(_array(value.tensor, keeps), f"{value.name}_kept"))
+                        array, target = _array(value.tensor, keeps), self.nodes[node.source]
+                        for i, operand in enumerate(target.inputs):
+                            if operand is self.values[source]:
+                                self._wanted[target, i] = operand, array, f"{value.name}_cut"
                 elif name in literal and self.moves(source) and node.op_type in _SHAPES:
                     changes[name] = _static_sizes(node, self.cut)
         for name, new in changes.items():
             self._write(node, name, new)
-
-    def _replace(self, node: Node, value: Value, new: ir.Value) -> None:
-        target, old = self.nodes[node.source], self.values[self.origin[value]]
-        for i, operand in enumerate(target.inputs):
-            if operand is old:
-                target.replace_input_with(i, new)
 
     def _write(self, node: Node, name: str, new: Any) -> None:
         """Give an argument its new value: in the attribute that holds it, or in an operand."""
@@ -144,15 +155,12 @@ class _Surgery:
                 where.outputs[0].type = operand.type
                 assert target.graph is not None
                 target.graph.insert_before(target, where)
-                fresh = where.outputs[0]
+                target.replace_input_with(position, where.outputs[0])
             else:
                 like = np.asarray(argument.tensor) if isinstance(argument, Value) else np.zeros(0, np.int64)
                 shape = like.shape if like.ndim == 0 else (-1,)
                 stem = argument.name if isinstance(argument, Value) else f"{target.name}_{name}"
-                fresh = self.constant(np.asarray(new, dtype=like.dtype).reshape(shape), f"{stem}_cut")
-            if position >= len(target.inputs):
-                target.resize_inputs(position + 1)
-            target.replace_input_with(position, fresh)
+                self._wanted[target, position] = operand, np.asarray(new, dtype=like.dtype).reshape(shape), f"{stem}_cut"
 
     def _fresh(self, name: str) -> str:
         while name in self.names:
@@ -248,11 +256,37 @@ def _idle_initializers(graph: ir.Graph) -> list[tuple[ir.Graph, str]]:
     return [(g, name) for g in _graphs(graph) for name, v in g.initializers.items() if not v.uses() and not v.is_graph_output()]
 
 
-def _taken(tensor: ir.TensorProtocol, keeps: Mapping[int, np.ndarray], name: str | None) -> ir.Tensor:
-    array = tensor.numpy()
-    for axis, keep in keeps.items():
-        array = np.take(array, keep, axis)
-    return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
+def _contents(value: ir.Value) -> np.ndarray | None:
+    """What an initializer or a `Constant` node holds; None for other values."""
+    if value.is_initializer():
+        return value.const_value.numpy() if value.const_value is not None else None
+    node = value.producer()
+    if node is None or node.op_type != "Constant":
+        return None
+    name, attribute = next(iter(node.attributes.items()))
+    if name == "value":
+        return attribute.as_tensor().numpy()
+    return np.asarray(attribute.value, np.float32 if "float" in name else np.int64) if name != "sparse_value" else None
+
+
+def _overwrite(value: ir.Value, array: np.ndarray) -> None:
+    """Give an initializer or a `Constant` node other contents of the same type."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if value.is_initializer():
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
+        return
+    node = value.producer()
+    assert node is not None
+    name, attribute = next(iter(node.attributes.items()))
+    if name == "value":
+        old = attribute.as_tensor()
+        node.attributes[name] = ir.AttrTensor(name, ir.Tensor(array, dtype=old.dtype, name=old.name))
+    else:
+        node.attributes[name] = ir.convenience.convert_attribute(name, array.tolist(), attribute.type)
+    if value.shape is not None:
+        value.shape = ir.Shape(array.shape)
 
 
 def _array(tensor: torch.Tensor, keeps: Mapping[int, np.ndarray]) -> np.ndarray:
