@@ -7,7 +7,7 @@ equation: along which factors a value vanishes when units are masked (exactness)
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -108,7 +108,9 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             engine.from_input.update(node.outputs)
         if not node.blocks and all(v.shape is None or v.kind is Kind.CONSTANT for v in node.outputs):
             continue  # arithmetic on symbolic sizes, and what depends on nothing else
-        if any(v.shape is None for v in node.outputs) or any(0 in (v.shape or ()) for v in (*node.outputs, *node.inputs)):
+        if all(_is_empty(v) for v in node.outputs):
+            continue  # nothing in it that could move
+        if any(v.shape is None for v in node.outputs) or (any(map(_is_empty, node.inputs)) and node.op_type not in TAKES_EMPTY):
             engine.unsupported(Reason.FIXED)
             engine.seal_indexes()
             continue
@@ -149,6 +151,13 @@ def _layers(program: Program) -> list[Group]:
         first = members[0].tensor.rpartition(".")[0] or members[0].tensor
         found.append(Group(f"{first}:layer", "layer", 1, members, Exactness.EXACT, 0, branch, branch.join.name))
     return found
+
+
+TAKES_EMPTY = frozenset(("cat", "concat", "concatenate", "hstack", "vstack", "Concat"))  # an operand without elements adds nothing
+
+
+def _is_empty(value: Value) -> bool:
+    return 0 in (value.shape or ())
 
 
 def _freeze_border(engine: Engine, node: Node) -> None:
@@ -296,16 +305,31 @@ def _exactness(engine: Engine, where: Mapping[Factor, Any]) -> tuple[dict[Factor
             zero = {leaf for leaf in set().union(*present.values()) if all(leaf in gone[t] for t in flow.terms if leaf in present[t])}
         else:
             zero = set.intersection(*(gone[term] for term in flow.terms)) if flow.terms else set()
-        # an axis that is neutralised or summed may occur in the result a second time, where it is not
-        elsewhere = _second(engine, flow, over) if over & out else set()
-        vanish[flow.out] = ((zero - summed) | (over - elsewhere)) & out
+        # a factor that occurs twice (in two axes of the result, or in one that is also summed) vanishes only if it does so in each
+        rows = _rows(engine, flow.out, (zero | over) & out)
+        for leaf in [leaf for leaf in zero & out if leaf in summed or len(rows[leaf]) > 1]:
+            if not _everywhere(flow, rows[leaf], lambda v, leaf=leaf, node=flow.node: leaf in vanishing(v, node), leaf in summed):
+                zero.discard(leaf)
+        vanish[flow.out] = (zero | {leaf for leaf in over & out if len(rows[leaf]) == 1}) & out
     return approximate, vanish
 
 
-def _second(engine: Engine, flow: Flow, over: set[Factor]) -> set[Factor]:
-    """The leaves of `over` that lie along two axes of the result."""
-    found = [leaf for dim in engine.dims.get(flow.out, ()) for leaf in dict.fromkeys(ax.leaves_of(dim)) if leaf in over]
-    return {leaf for leaf in found if found.count(leaf) > 1}
+def _everywhere(flow: Flow, rows: Sequence[int], vanishes: Callable[[Value], bool], summed: bool) -> bool:
+    """Does every term vanish along each of these axes of the result, by an operand that reaches it?"""
+    reach = flow.carries
+    if reach is None:
+        return not summed
+    return all(any(vanishes(value) and row in reach.get(value, ()) for value in term) for term in flow.terms for row in rows)
+
+
+def _rows(engine: Engine, value: Value, leaves: set[Factor]) -> dict[Factor, list[int]]:
+    """The axes of a value that each leaf lies along."""
+    found: dict[Factor, list[int]] = {leaf: [] for leaf in leaves}
+    for row, dim in enumerate(engine.dims.get(value, ()) if leaves else ()):
+        for leaf in dict.fromkeys(ax.leaves_of(dim)):
+            if leaf in found:
+                found[leaf].append(row)
+    return found
 
 
 def _roles(engine: Engine, where: Mapping[Factor, Any]) -> dict[tuple[Value, Factor], Role]:

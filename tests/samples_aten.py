@@ -150,6 +150,17 @@ sample("convolution", lambda x, w, b: aten.convolution(x, w, b, [1, 1], [0, 0], 
 sample("convolution", lambda x, w, b: aten.convolution(x, w, b, [1, 1], [0, 0], [1, 1], True, [0, 0], 3), (2, 6, 4, 5), (6, 5, 3, 3), (15,))
 sample("_convolution", lambda x, w: aten._convolution(x, w, None, [1], [0], [1], False, [0], 1, False, False, True, True), (2, 6, 5), (15, 6, 3))
 
+# ---- one factor along two axes
+
+sample("linear", lambda x, w: F.linear(x + F.linear(x, w), w).exp().sum(-1), (5, 7), (7, 7))
+sample("linear", lambda x, w: (x + F.linear(x, w)).sum(-1), (5, 7), (7, 7))
+sample("matmul", lambda x: (x @ x.mT).sum(-1), (2, 5, 7))
+sample("matmul", lambda x: (x @ x.mT).exp().sum(-1), (2, 5, 7))
+sample("matmul", lambda x: ((x @ x.mT).softmax(-1) @ x).sum(1), (2, 5, 7))
+sample("matmul", lambda x, y: (((x @ x.mT).softmax(-1) @ x) * y[:, None]).sum(1), (2, 5, 7), (5,))
+sample("mul", lambda x, y: ((x @ x.mT).exp() * y).sum(1), (2, 5, 7), (5,))
+sample("mul", lambda x, y: ((x @ x.mT).exp() * y).sum(2), (2, 5, 7), (5,))
+
 # ---- attention
 
 sdpa = F.scaled_dot_product_attention
@@ -302,6 +313,9 @@ sample("cat", lambda x, y: torch.cat([x, y], -1), (2, 3), (2, 5))
 sample("cat", lambda x: torch.cat([x, x], 1), (2, 3))
 sample("cat", lambda x, y: torch.cat([x, torch.zeros(2, 4, dtype=x.dtype), y], 1), (2, 3), (2, 5))
 sample("cat", lambda x, w: F.linear(torch.cat([x.relu(), x.sigmoid()], 1), w), (2, 3), (4, 6))
+sample("cat", lambda x: torch.cat([x[..., :5].relu(), x[..., 5:]], -1), (2, 3, 5))  # the second part is empty
+sample("cat", lambda x: torch.cat([torch.tensor([], dtype=x.dtype), x], 1), (2, 3))
+sample("split_with_sizes", lambda x: x.split([3, 0, 2], 1)[::2], (2, 5, 4))
 sample("hstack", lambda x, y: torch.hstack([x, y]), (2, 3), (2, 5))
 sample("vstack", lambda x, y: torch.vstack([x, y]), (2, 3), (4, 3))
 sample("stack", lambda x, y: torch.stack([x, y], 1), (2, 3), (2, 3))

@@ -284,7 +284,7 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     many = isinstance(metas, (tuple, list))
     operands = [v for v in node.inputs if not (op_type.startswith("new_") and v is next(iter(args.values())))]
     symbolic = any(v.shape is None for v in operands)
-    constant = not random and domain != "python" and all(v.kind is Kind.CONSTANT or v.shape is None for v in operands)
+    constant = not random and domain != "python" and all(v.kind is Kind.CONSTANT or (v.shape is None and v.tensor is not None) for v in operands)
     kind = Kind.CONSTANT if constant else Kind.RESULT
     values = tuple(_value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,)))  # type: ignore[arg-type]
     for value, shape in zip(values, shapes or ()):

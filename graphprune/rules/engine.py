@@ -26,6 +26,7 @@ class Flow:
     dropped: tuple[Axis, ...] = ()  # left out of the result, not added up
     products: tuple[tuple[Value, ...], ...] = ()  # are summed too, but do not decide where the result vanishes (scores of attention)
     joined: bool = False  # the terms lie side by side (concat): where one vanishes is a matter of the terms that have the axis
+    carries: Mapping[Value, frozenset[int]] | None = None  # axes of the result that an operand reaches; asked only where a factor occurs twice
 
 
 class Engine:
@@ -125,9 +126,17 @@ class Engine:
         ax.mark(axis, tag, self.node.name)
 
     def flow(
-        self, out: Value, *terms: Sequence[Value], over: Sequence[Axis] = (), summed: Sequence[Axis] = (), dropped: Sequence[Axis] = (), joined: bool = False
+        self,
+        out: Value,
+        *terms: Sequence[Value],
+        over: Sequence[Axis] = (),
+        summed: Sequence[Axis] = (),
+        dropped: Sequence[Axis] = (),
+        joined: bool = False,
+        carries: Mapping[Value, Iterable[int]] | None = None,
     ) -> None:
-        self.flows.append(Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over), tuple(summed), tuple(dropped), joined=joined))
+        reach = None if carries is None else {value: frozenset(axes) for value, axes in carries.items()}
+        self.flows.append(Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over), tuple(summed), tuple(dropped), joined=joined, carries=reach))
 
     # ---- whole nodes
 
@@ -243,9 +252,16 @@ class Engine:
             self.set(out, dims)
             terms = [[present[o] for o in term if o in present] for term in spec.terms]
             kept = {w for axis in result if isinstance(axis, tuple) for w in axis}
+            words = [axis for axis in result for _ in range(free if axis in ("...", "*") else 1)]
+            carries: dict[Value, set[int]] = {}
+            for operand, value in present.items():
+                own = {w for axis in operand.axes for w in (axis if isinstance(axis, tuple) else (axis,))}
+                reached = {i for i, word in enumerate(words) if own.intersection(word if isinstance(word, tuple) else (word,))}
+                carries[value] = carries.get(value, set()) | reached
             self.flow(
                 out,
                 *[t for t in terms if t],
                 over=[letters[c] for c in over.split() if c in letters],
                 summed=[axis for letter, axis in letters.items() if letter not in kept],
+                carries=carries,
             )

@@ -28,7 +28,9 @@ def pointwise(engine: Engine, values: Sequence[Value], *terms: Sequence[Value]) 
     """Broadcasting elementwise op; `terms` tell how zeros pass (see `Flow`); an empty term never vanishes."""
     out = out_of(engine)
     engine.set(out, aligned(engine, values, out))
-    engine.flow(out, *terms)
+    rank = len(out.shape or ())
+    carries = {v: [rank - i for i, n in enumerate(reversed(v.shape or ()), 1) if n > 1] for v in values}
+    engine.flow(out, *terms, carries=carries)
 
 
 def keep_index(engine: Engine, source: Value) -> None:
@@ -106,13 +108,7 @@ def split(engine: Engine, x: Value, axis: int, lengths: Sequence[int]) -> None:
     if sum(lengths) != size(dims[axis]):  # lengths that are known only when the model runs
         return engine.unsupported(Reason.DYNAMIC)
     parts: list[Axis] = [[] if n == 1 else [Factor(n)] for n in lengths]
-    if len(lengths) == 1:
-        parts = [list(dims[axis])]
-    elif 0 in lengths:
-        engine.freeze(dims[axis], Reason.FIXED)
-        parts = [engine.frozen(n) for n in lengths]
-    else:
-        engine.equate(dims[axis], [sum_of(parts)])
+    engine.equate(dims[axis], [sum_of(part for part, n in zip(parts, lengths) if n)])
     for out, part in zip(engine.node.outputs, parts):
         engine.set(out, [part if i == axis else a for i, a in enumerate(dims)])
         engine.flow(out, [x], dropped=[dims[axis]])
@@ -196,7 +192,8 @@ def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral
     for out in engine.node.outputs:
         engine.set(out, kept)
         floating = out.dtype is not None and out.dtype.is_floating_point
-        engine.flow(out, [x] if zero_at_zero and floating else (), over=() if neutral == "zero" else over, summed=over)
+        reach = {x: range(len(kept))}
+        engine.flow(out, [x] if zero_at_zero and floating else (), over=() if neutral == "zero" else over, summed=over, carries=reach)
 
 
 def along(engine: Engine, x: Value, axes: Sequence[int], neutral: str) -> None:
