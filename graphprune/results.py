@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from graphprune.surgery import apply_cut
 from graphprune.surgery.configs import checkpoint_config
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Workspace
+from graphprune.surgery.fallback import FREEDOMS, open_shapes
 from graphprune.surgery.substitutes import substitute_for
 from graphprune.surgery.write_back import write_back
 
@@ -79,16 +81,56 @@ def _save_onnx(model: ir.Model, file: Path, metadata: Mapping[str, str]) -> None
 def _exported(result: Any, file: Path) -> ir.Model:
     """The pruned module as ONNX, written by `torch.onnx.export`."""
     source = result.program.source
+    wanted: list[Any] = [source.dynamic_shapes]
+    if source.dynamic_shapes is None:  # as many axes open as the network takes
+        wanted = []
+        for freedom in FREEDOMS:
+            with suppress(InvalidInput):
+                wanted.append(open_shapes(source.module, source.args, source.kwargs, freedom))
+    for shapes in wanted:
+        try:
+            with _exportable_experts(result.module):
+                program = torch.onnx.export(
+                    result.module.eval(), source.args, kwargs=dict(source.kwargs), dynamic_shapes=shapes, dynamo=True, verbose=False
+                )
+            assert program is not None
+            return _with_parameter_names(program.model, result.module)
+        except Exception as error:  # it raises its own kinds
+            failure = error
+    reason, name = str(failure).strip().splitlines()[0], type(result.module).__name__
+    raise CaptureError(f"torch.onnx.export does not take the pruned {name}: {reason}; save to a folder instead") from failure
+
+
+@contextmanager
+def _exportable_experts(module: nn.Module) -> Iterator[None]:
+    """Experts of transformers as batched products: neither their grouped kernel nor their loop has an ONNX form."""
+    configs = {id(m.config): m.config for m in module.modules() if getattr(getattr(m, "config", None), "_experts_implementation", None)}
+    before = [(config, config._experts_implementation) for config in configs.values()]
     try:
-        program = torch.onnx.export(
-            result.module.eval(), source.args, kwargs=dict(source.kwargs), dynamic_shapes=source.dynamic_shapes, dynamo=True, verbose=False
-        )
-    except Exception as error:  # it raises its own kinds
-        reason = str(error).strip().splitlines()[0]
-        name = type(result.module).__name__
-        raise CaptureError(f"torch.onnx.export does not take the pruned {name}: {reason}; save to a folder instead") from error
-    assert program is not None
-    return program.model
+        for config, _ in before:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, kind in before:
+            config._experts_implementation = kind
+
+
+def _with_parameter_names(model: ir.Model, module: nn.Module) -> ir.Model:
+    """Weights that the exporter stored transposed under a number are called `<parameter>.T`."""
+    parameters = dict(module.named_parameters())
+    by_shape: dict[tuple, list[str]] = {}
+    for name, parameter in parameters.items():
+        if name not in model.graph.initializers and parameter.dim() in (2, 3) and parameter.dtype is not torch.bfloat16:
+            by_shape.setdefault(tuple(parameter.mT.shape), []).append(name)
+    for value in list(model.graph.initializers.values()):
+        candidates = by_shape.get(tuple(value.shape or ()), []) if value.name not in parameters and value.const_value is not None else []
+        array = value.const_value.numpy() if candidates and value.const_value is not None else None
+        name = next((n for n in candidates if array is not None and np.array_equal(array, parameters[n].detach().cpu().mT.numpy())), None)
+        if name is not None:
+            del model.graph.initializers[value.name]  # type: ignore[arg-type]
+            value.name = f"{name}.T"
+            model.graph.initializers[value.name] = value
+    return model
 
 
 def _save_module(result: Any, folder: Path) -> None:

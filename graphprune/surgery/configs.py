@@ -29,8 +29,9 @@ def checkpoint_config(original: Any, pruned: Any, edits: Iterable[Edit]) -> tupl
     if type(pruned) is type(original) and all(isinstance(edit.new, int) for edit in edits):
         config = copy.deepcopy(pruned.config)
         _edit_nested(original, config, edits)
-        if _builds(type(original), config, pruned):
-            return config, None
+        for candidate in (config, _spelled_out(config, pruned)):
+            if _builds(type(original), candidate, pruned):
+                return candidate, None
     config = copy.deepcopy(original.config)
     return config, _by_layer(edits, getattr(config, "num_hidden_layers", 0))
 
@@ -45,6 +46,20 @@ def _edit_nested(original: nn.Module, config: Any, edits: list[Edit]) -> None:
         for edit in edits:
             if hasattr(held, "to_dict") and edit.path == outermost.get(id(held)):
                 setattr(getattr(config, name), edit.attribute.removeprefix("config."), edit.new)
+
+
+def _spelled_out(config: Any, pruned: nn.Module) -> Any:
+    """With values for what the config leaves open (`head_dim`, else derived from sizes that changed), where all modules agree on one."""
+    found: dict[str, set[Any]] = {}
+    for module in pruned.modules():
+        for name, value in vars(module).items():
+            if type(value) is int and vars(config).get(name, 0) is None:
+                found.setdefault(name, set()).add(value)
+    config = copy.deepcopy(config)
+    for name, values in found.items():
+        if len(values) == 1:
+            setattr(config, name, values.pop())
+    return config
 
 
 def _by_layer(edits: list[Edit], count: int) -> dict[str, dict[str, Any]]:

@@ -303,13 +303,22 @@ def edited_submodule(
 
 def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], freedom: str) -> Program:
     """Captured again with some axes of its inputs open."""
+    return capture_torch(module, args, kwargs, open_shapes(module, args, kwargs, freedom))
+
+
+def open_shapes(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], freedom: str) -> Any:
+    """`dynamic_shapes` of an export that leaves axes open as one of `FREEDOMS` says.
+
+    Raises:
+        InvalidInput: the call has nothing of that kind.
+    """
     signature = _signature(module)
     names, values = _arranged(signature, args, kwargs)
     axes, length = FREEDOMS[freedom], _length(pytree.tree_leaves(values))
     if "length" in freedom and not length:
         raise InvalidInput("no input is a sequence")
     if any(n.startswith("*") for n in names):
-        return capture_torch(module, args, kwargs)
+        return None
 
     def spec(leaf: Any) -> Any:
         return {a: torch.export.Dim.AUTO for a in axes(leaf, length) if leaf.shape[a] > 1} or None if isinstance(leaf, torch.Tensor) else None
@@ -317,8 +326,7 @@ def recaptured(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
     extra = {n: s for n, s in specs.items() if n not in signature.parameters}
     keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    shapes = {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
-    return capture_torch(module, args, kwargs, shapes)
+    return {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
 
 
 def rebound(program: Program, module: nn.Module) -> Program:
