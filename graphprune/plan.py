@@ -96,6 +96,8 @@ class Plan:
                         for member in group.members:
                             by_content.setdefault(_signature(member.value, member.axis)[1:], []).append(group)
                 candidates = _common([by_content.get((a, s, h), []) for _, a, s, h in entry.members], entry)
+            if not candidates:  # another export may hold the weight transposed
+                candidates = [g for g in groups if g.name == name and g.size == entry.size]
             if not candidates:
                 raise InvalidInput(
                     f"group {name!r} of the plan ({entry.size} units, first member {entry.members[0][0]!r}) has no counterpart in this network; "

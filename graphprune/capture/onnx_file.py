@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -55,13 +56,14 @@ def capture_onnx(model: str | os.PathLike[str] | ir.Model | onnx.ModelProto, exa
     source = load_onnx(model)
     reader = _Reader(source.model)
     nodes, inputs, outputs = reader.read(source.model.graph)
-    _settle_kinds(reader)
+    _settle_kinds(reader, nodes)
+    _name_by_module(reader, nodes)
     examples, first, second = shape_runs(source.model, nodes, inputs, reader.weights, example_tensors(inputs, example_inputs))
     for value in inputs:
         value.dynamic |= _differing(first, second, value)
     _record(nodes, first, second)
     kept = _prune(nodes, outputs)
-    live = {v for node in Program(kept, (), (), {}, None, ()).walk() for v in node.inputs} | set(outputs) | set(_block_outputs(kept))
+    live = {v for node in _walk(kept) for v in node.inputs} | set(outputs) | set(_block_outputs(kept))
     weights = {name: v for name, v in reader.weights.items() if v in live and v.kind is Kind.PARAMETER}
     source = replace(source, values=reader.values)
     program = Program(kept, tuple(inputs), tuple(outputs), weights, source, examples)
@@ -251,7 +253,8 @@ class _Reader:
         self.literal_uses: dict[Value, bool] = {}  # is every use a shape, a position or a count?
         self.names: set[str] = set()
 
-    def _name(self, wanted: str, scope: str) -> str:
+    def unique(self, wanted: str, scope: str = "") -> str:
+        """`wanted`, or what comes closest among the names that are left."""
         name = wanted if wanted not in self.names else f"{wanted}@{scope or len(self.names)}"
         while name in self.names:
             name += "'"
@@ -260,7 +263,7 @@ class _Reader:
 
     def _tensor(self, source: ir.Value, tensor: torch.Tensor | None, scope: str) -> Value:
         weight = tensor is not None and tensor.is_floating_point() and tensor.numel() > 1
-        name = self._name(source.name or "constant", scope)
+        name = self.unique(source.name or "constant", scope)
         shape = tuple(tensor.shape) if tensor is not None else None
         value = Value(name, Kind.PARAMETER if weight else Kind.CONSTANT, shape, tensor.dtype if tensor is not None else None, tensor=tensor)
         self.values[source] = self.weights[name] = value
@@ -273,7 +276,7 @@ class _Reader:
         for source in graph.inputs:
             if source in self.values:
                 continue  # IR 3 lists the weights as inputs
-            value = Value(self._name(source.name or "input", scope), Kind.RESULT if scope else Kind.INPUT, None, _declared_dtype(source))
+            value = Value(self.unique(source.name or "input", scope), Kind.RESULT if scope else Kind.INPUT, None, _declared_dtype(source))
             self.values[source] = value
             inputs.append(value)
         nodes = [node for source in graph if (node := self._node(source, scope)) is not None]
@@ -296,7 +299,7 @@ class _Reader:
         blocks = tuple(self._block(source, attribute, f"{name}.{attribute}") for attribute in bodies)
         outputs = []
         for out in source.outputs:
-            value = Value(self._name(out.name or f"{name}.unused", scope), Kind.RESULT, None, _declared_dtype(out))
+            value = Value(self.unique(out.name or f"{name}.unused", scope), Kind.RESULT, None, _declared_dtype(out))
             self.values[out] = value
             outputs.append(value)
         node = Node(name, domain, source.op_type, args, tuple(outputs), lambda **_: None, module_path(source), source, blocks)
@@ -314,11 +317,52 @@ def _declared_dtype(value: ir.Value) -> torch.dtype | None:
     return TORCH_DTYPES.get(value.dtype) if value.dtype is not None else None
 
 
-def _settle_kinds(reader: _Reader) -> None:
-    """Float tensors that only say how (Resize's scales, a Pad's fill) are constants, whatever their size."""
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Where"}
+
+
+def _settle_kinds(reader: _Reader, nodes: Sequence[Node]) -> None:
+    """Float tensors that only say how (Resize's scales, a Pad's fill) are constants, whatever their size.
+
+    So are tables that several nodes add or multiply (rotary angles, ALiBi, masks): each use may be cut by itself, or one table would tie
+    the heads of all layers.
+    """
+    uses: dict[Value, list[Node]] = {}
+    for node in _walk(nodes):
+        for value in dict.fromkeys(node.inputs):
+            uses.setdefault(value, []).append(node)
     for value in reader.weights.values():
-        if value.kind is Kind.PARAMETER and reader.literal_uses.get(value, False):
+        if value.kind is not Kind.PARAMETER:
+            continue
+        read = uses.get(value, [])
+        table = len(read) > 1 and sum(size > 1 for size in value.shape or ()) > 1 and all(n.op_type in _ELEMENTWISE for n in read)
+        if table or reader.literal_uses.get(value, False):
             value.kind = Kind.CONSTANT
+
+
+_MADE_UP = re.compile(r"val_\d+|onnx::\w+|\d+|\w*Constant\w*|/.*Constant.*_output_\d+")  # names that exporters give to what has none
+_PARAMETERS = {
+    "W": "weight", "Scale": "weight", "scale": "weight", "input_mean": "running_mean", "input_var": "running_var", "R": "weight_hh",
+}  # fmt: skip
+
+
+def _name_by_module(reader: _Reader, nodes: Sequence[Node]) -> None:
+    """Weights without a name of their own are called after the module that reads them, so that plans carry over between exports."""
+    for node in _walk(nodes):
+        for argument, value in node.args.items():
+            if not isinstance(value, Value) or value.kind is not Kind.PARAMETER or not node.scope or not _MADE_UP.fullmatch(value.name):
+                continue
+            matrix = node.op_type in ("MatMul", "Mul") or (node.op_type == "Gemm" and argument == "B")
+            suffix = "weight" if matrix else "bias" if argument in ("A", "B", "C", "bias") else _PARAMETERS.get(argument, argument)
+            del reader.weights[value.name]
+            value.name = reader.unique(f"{node.scope}.{suffix}")
+            reader.weights[value.name] = value
+
+
+def _walk(nodes: Iterable[Node]) -> Iterator[Node]:
+    for node in nodes:
+        for block in node.blocks:
+            yield from _walk(block.nodes)
+        yield node
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------------------
