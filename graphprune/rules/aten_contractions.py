@@ -127,9 +127,8 @@ def attention(engine: Engine, node: Node) -> None:
             engine.freeze(tokens, Reason.FIXED, "positions of a causal mask")
     for value in (q, v):
         engine.mark(engine.axes(value)[-1], "head_dim")
-    if rank >= 3:
-        for axis in (engine.axes(q)[-3], engine.axes(k)[-3]):
-            fam.mark_heads(engine, axis)
+    for axis in (*engine.axes(q)[:-2], *engine.axes(k)[:-2]):
+        fam.mark_heads(engine, axis)
     if mask is not None:
         scores = [*engine.axes(node.outputs[0])[:-1], keys]
         for i, axis in enumerate(reversed(engine.axes(mask)), 1):

@@ -214,7 +214,7 @@ def _aten_eps(args: Mapping[str, Any]) -> float:
     return torch.finfo(args["input"].dtype).eps if args.get("eps") is None else args["eps"]
 
 
-_INDEXED = ("index", "index_select", "gather", "take_along_dim", "embedding", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
+_INDEXED = ("index", "index_select", "gather", "take_along_dim", "embedding", "_grouped_mm")
 
 NEUTRAL: dict[tuple[str, str], Neutral] = {
     **{("aten", op): fill(-torch.inf) for op in ("softmax", "_softmax", "_safe_softmax", "special_softmax", "topk", "argmax", "amax", "max", "logsumexp")},
@@ -222,7 +222,7 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     **{("aten", op): fill(torch.inf) for op in ("amin", "min", "argmin")},
     **{("aten", op): only_kept for op in ("mean", "var", "std", "var_mean", "std_mean", "any", "all")},
     ("transformers", "grouped_mm_fallback"): as_is,
-    **{("aten", op): as_is for op in ("one_hot", "histc", "bincount", "_grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", *_INDEXED)},
+    **{("aten", op): as_is for op in ("lstm", "gru", "rnn_tanh", "rnn_relu", *_INDEXED)},
     ("aten", "scaled_dot_product_attention"): _attention,
     **{("aten", op): _batch_norm for op in ("batch_norm", "native_batch_norm")},
     **{("aten", op): normalised("input", "weight", "bias", True, _trailing, _aten_eps) for op in ("layer_norm", "native_layer_norm")},
