@@ -175,6 +175,11 @@ class Packed:
         """What one product reads of the weight."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    @property
+    def work(self) -> float:
+        """Share of the dense product's operations that the kernel does; 1 where it expands the weight."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -192,6 +197,7 @@ class Kernel:
     reference: Callable[..., Tensor]
     configs: Callable[[Any, int], list[str]]
     accepts: Callable[[Tensor], str | None]
+    most_tokens: int | None = None
     shapes: tuple[Shape, ...] = MODEL_SHAPES + AWKWARD_SHAPES
 
 

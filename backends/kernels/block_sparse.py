@@ -63,6 +63,10 @@ class BlockSparse(Packed):
     def density(self) -> float:
         return self.values.numel() / max(1, self.shape[0] * self.shape[1])
 
+    @property
+    def work(self) -> float:
+        return self.density
+
 
 def pack(weight: Tensor, block: int = 64) -> BlockSparse:
     """Keeps the blocks of `weight` (M, K) that hold a non-zero.
@@ -258,9 +262,8 @@ def candidates(block: int, tokens: int, x: Tensor) -> list[str]:
     if tokens <= FEW:
         early = early_launch(x.device) if not interpreted() else 0
         return [
-            config(part=part, tokens=wide, unroll=unroll, warps=warps, stages=stages, early=e)
+            config(part=part, tokens=wide, unroll=unroll, warps=warps, stages=stages, early=early)
             for part, unroll, warps, stages in FEW_TILES
-            for e in range(early, -1, -1)
             if part <= block
         ]
     return [config(**dict(zip(MANY_NAMES, tile))) for tile in MANY_TILES if tile[0] * block <= 128 * 256]
@@ -268,12 +271,10 @@ def candidates(block: int, tokens: int, x: Tensor) -> list[str]:
 
 # Reading the column of a block before the block takes pipeline stages too: 3, 5 and 7 stages hold 1, 2 and 3 steps in flight.
 FEW_TILES = (  # part, unroll, warps, stages
-    (16, 2, 2, 7), (16, 2, 2, 9), (16, 2, 2, 11), (16, 1, 1, 9), (16, 4, 4, 5), (32, 2, 2, 7), (32, 2, 2, 9), (32, 1, 2, 9), (32, 1, 1, 9), (32, 2, 4, 7),
-    (64, 1, 4, 7), (64, 1, 4, 9), (64, 1, 2, 7), (64, 1, 2, 9), (64, 2, 4, 7), (64, 2, 2, 7),
+    (32, 1, 1, 9), (32, 1, 1, 7), (16, 1, 1, 9), (16, 2, 2, 9), (32, 2, 2, 7), (64, 1, 1, 9),
 )  # fmt: skip
 MANY_TILES = (  # tokens, warps, stages, swap, tma
-    (256, 4, 5, 0, 1), (256, 4, 3, 0, 1), (256, 8, 5, 0, 1), (256, 8, 5, 1, 1), (128, 4, 7, 0, 1), (128, 4, 5, 0, 0), (256, 8, 5, 1, 0),
-    (256, 4, 7, 0, 1), (128, 4, 5, 1, 1), (64, 4, 7, 0, 1),
+    (256, 4, 7, 0, 1), (256, 4, 3, 0, 1), (128, 4, 5, 1, 1), (128, 4, 7, 0, 1), (256, 4, 5, 0, 1), (128, 4, 5, 0, 0),
 )  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 """2:4 linear for few tokens: y = act(x W^T + bias), where at most two of every four consecutive weights of a row are not zero.
 
-Layout of the weight (rows M, columns K; K is padded with zeros to a multiple of 32, G = padded K / 4 groups of four):
-    values: (2, M, G) in x's dtype: the first and the second kept weight of each group; a group with fewer holds zeros
-    flags: (M, G / 8) int32: four flags for each of eight groups, "weight j of the group is kept". Group 2 i + h has its flag j at bit
-        16 h + 4 i + j, so that one shift, one mask and one product turn the flags of two neighbouring groups into the 16-bit masks of
-        a register that holds two neighbouring values.
+Layout of the weight (rows M, columns K), in tiles of 64 rows by 256 columns, padded with zeros, each tile one piece of memory:
+    values: (row tiles, column tiles, 2, 64, 64) in x's dtype: the first and the second kept weight of each group of four; a group with
+        fewer holds zeros
+    flags: (row tiles, column tiles, 64, 8) int32: a word for each eight groups, with four flags a group, "weight j is kept". Flag j of
+        group 2 i + h stands at bit 16 h + (7, 15, 6, 14)[j] - 2 i. So one byte permutation that repeats sign bits makes of a shifted word
+        two masks for registers of two neighbouring values; plain shifts, masks and products do the same.
 
 x: (..., K) -> y: (..., M); fp16, bf16 or fp32, sums in float32. Of 16-bit weights 9/16 of the bytes cross memory. Fastest with K a multiple of 8.
 
-Values are expanded to dense tiles in registers, two at a time and by masks alone (no gather), and multiplied on the tensor cores. Rows too
-few to fill the chip split K; the parts are added in a fixed order by a second kernel.
+One token: each value picks its column of x by its flags, and multiplies on the ordinary cores. More tokens: values are expanded to dense
+tiles in registers, two at a time by masks alone, and multiplied on the tensor cores. Rows too few to fill the chip split K; the parts are
+added in a fixed order by a second kernel.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ from graphprune.backends.kernels.base import (
 )
 from graphprune.errors import InvalidInput
 
-NAMES = ("rows", "tokens", "words", "split", "warps", "stages", "early")
+NAMES = ("tokens", "split", "warps", "stages", "early")  # tokens=1 is the kernel for one token
 MAX_TOKENS = 256
+ROWS, COLUMNS = 64, 256  # of a tile
 
 
 @dataclass(frozen=True)
@@ -77,46 +80,44 @@ def pack(weight: Tensor) -> TwoFour:
     if (reason := accepts(weight)) is not None:
         raise InvalidInput(f"2:4: {reason}; prune with pattern='2:4' first")
     rows, columns = weight.shape
-    groups = torch.nn.functional.pad(weight.detach(), (0, -columns % 32)).reshape(rows, -1, 4)
+    groups = _tiles(weight.detach())
     kept = groups != 0
     order = torch.argsort(kept.to(torch.int8), dim=-1, descending=True, stable=True)[..., :2].sort(-1).values
-    values = groups.gather(-1, order).permute(2, 0, 1).contiguous()
-    bits = torch.zeros_like(groups, dtype=torch.int32).scatter_(-1, order, 1)
-    flags = (bits.reshape(rows, -1, 8, 4).long() << _shifts(weight.device)).sum((-2, -1))
-    return TwoFour((rows, columns), values, _wrap(flags))
+    values = groups.gather(-1, order).permute(0, 1, 4, 2, 3).contiguous()
+    bits = torch.zeros_like(groups, dtype=torch.int64).scatter_(-1, order, 1)
+    words = (bits.unflatten(3, (-1, 8)) << _shifts(weight.device)).sum((-2, -1))
+    return TwoFour((rows, columns), values, torch.where(words >= 2**31, words - 2**32, words).int())
+
+
+def _tiles(dense: Tensor) -> Tensor:
+    """(M, K) as (row tiles, column tiles, 64, 64 groups, 4), padded with zeros."""
+    padded = torch.nn.functional.pad(dense, (0, -dense.shape[1] % COLUMNS, 0, -dense.shape[0] % ROWS))
+    tiles = padded.reshape(padded.shape[0] // ROWS, ROWS, padded.shape[1] // COLUMNS, COLUMNS).transpose(1, 2)
+    return tiles.unflatten(3, (-1, 4))
 
 
 def _shifts(device: torch.device) -> Tensor:
     """(8, 4): the bit of flag j of group g in its word."""
     group = torch.arange(8, device=device)
-    return (16 * (group % 2) + 4 * (group // 2))[:, None] + torch.arange(4, device=device)
+    return (16 * (group % 2) - 2 * (group // 2))[:, None] + torch.tensor([7, 15, 6, 14], device=device)
 
 
-def _wrap(words: Tensor) -> Tensor:
-    """int64 words below 2**32 as the int32 of the same bits."""
-    return torch.where(words >= 2**31, words - 2**32, words).int()
-
-
-def _positions(flags: Tensor) -> Tensor:
-    """(2, M, G): the column of each value."""
-    bits = (flags.long()[..., None, None] >> _shifts(flags.device)) & 1  # (M, G / 8, 8, 4)
-    bits = bits.reshape(flags.shape[0], -1, 4)
-    order = torch.argsort(bits, dim=-1, descending=True, stable=True)[..., :2]
-    return (order + 4 * torch.arange(bits.shape[1], device=flags.device)[:, None]).permute(2, 0, 1)
+def _places(flags: Tensor) -> Tensor:
+    """(row tiles, column tiles, 64, 64, 2): which of its group each value is."""
+    bits = ((flags.long()[..., None, None] >> _shifts(flags.device)) & 1).flatten(3, 4)
+    return torch.argsort(bits, dim=-1, descending=True, stable=True)[..., :2]
 
 
 def expand(values: Tensor, flags: Tensor, rows: int, columns: int, **_: object) -> Tensor:
     """The dense weight (rows, columns)."""
-    dense = values.new_zeros(rows, values.shape[2] * 4)
-    for kept, where in zip(values, _positions(flags)):
-        dense = dense.scatter(1, where, kept)
-    return dense[:, :columns]
+    high, wide = values.shape[:2]
+    groups = values.new_zeros(high, wide, ROWS, COLUMNS // 4, 4).scatter(-1, _places(flags), values.permute(0, 1, 3, 4, 2))
+    return groups.flatten(3).transpose(1, 2).reshape(high * ROWS, wide * COLUMNS)[:rows, :columns]
 
 
-def gather(dense: Tensor, flags: Tensor, columns: int, **_: object) -> Tensor:
+def gather(dense: Tensor, flags: Tensor, **_: object) -> Tensor:
     """The kept entries of a dense (rows, columns) tensor, laid out as `values`."""
-    padded = torch.nn.functional.pad(dense, (0, -columns % 32))
-    return torch.stack([padded.gather(1, where) for where in _positions(flags)])
+    return _tiles(dense).gather(-1, _places(flags)).permute(0, 1, 4, 2, 3)
 
 
 def unpack(packed: TwoFour) -> Tensor:
@@ -132,13 +133,27 @@ def reference(
 
 
 @jit
-def _interleave(p0, p1, p2, p3, DTYPE: tl.constexpr):
-    """Four planes of int32 registers, two groups in each, as the weights of the even and of the odd groups: (..., j / 2, j % 2)."""
-    a0, b0 = _halves(p0, DTYPE)
-    a1, b1 = _halves(p1, DTYPE)
-    a2, b2 = _halves(p2, DTYPE)
-    a3, b3 = _halves(p3, DTYPE)
-    return tl.join(tl.join(a0, a2), tl.join(a1, a3)), tl.join(tl.join(b0, b2), tl.join(b1, b3))
+def _masks(word, pair, ASM: tl.constexpr):
+    """Of each word of flags and pair of groups: four registers, all bits of a half set where weight j of its group is kept."""
+    if ASM:
+        m0, m1, m2, m3 = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 high, low;
+            shl.b32 high, $4, $5;
+            shl.b32 low, high, 1;
+            prmt.b32 $0, high, 0, 0xaa88;
+            prmt.b32 $1, high, 0, 0xbb99;
+            prmt.b32 $2, low, 0, 0xaa88;
+            prmt.b32 $3, low, 0, 0xbb99;
+            }""",
+            "=r,=r,=r,=r,r,r", [word, 2 * pair], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        m0 = ((word >> (7 - 2 * pair)) & 0x10001) * 0xFFFF
+        m1 = ((word >> (15 - 2 * pair)) & 0x10001) * 0xFFFF
+        m2 = ((word >> (6 - 2 * pair)) & 0x10001) * 0xFFFF
+        m3 = ((word >> (14 - 2 * pair)) & 0x10001) * 0xFFFF
+    return m0, m1, m2, m3
 
 
 @jit
@@ -148,73 +163,144 @@ def _halves(pair, DTYPE: tl.constexpr):
 
 
 @jit
-def _kernel(
-    x,  # (N, K), rows stride_x apart
-    values,  # (2, M, G); 16-bit values are passed as (2, M, G / 2) int32
-    flags,  # (M, G / 8) int32
-    bias,  # (M,) or None
-    y,  # (N, M), rows stride_y apart; with SPLIT > 1 (SPLIT, N, M) float32 without epilogue
-    N, M, K, G, stride_x, stride_y,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PAIRED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    PER_WORD: tl.constexpr = 4 if PAIRED else 8  # elements of `values` that belong to one word of flags
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row64 = row.to(tl.int64)
-    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    word = tl.arange(0, WORDS)
-    element = tl.arange(0, WORDS * PER_WORD)
-    column = tl.arange(0, WORDS * 32)
-    words = G // 8
-    per_split = tl.cdiv(tl.cdiv(words, WORDS), SPLIT) * WORDS
-    plane = tl.cast(M, tl.int64) * (words * PER_WORD)
-    start = tl.program_id(1) * per_split
-    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    if EARLY:
-        gdc_wait()
-    for step in tl.range(0, bound(per_split), WORDS, num_stages=STAGES):
-        first = start + step
-        word_here = (row < M)[:, None] & (first + word < words)[None, :]
-        flag = tl.load(flags + row64[:, None] * words + (first + word)[None, :], mask=word_here, other=0)
-        flag = tl.reshape(tl.broadcast_to(flag[:, :, None], (ROWS, WORDS, PER_WORD)), (ROWS, WORDS * PER_WORD))
-        here = (row < M)[:, None] & (first * PER_WORD + element < words * PER_WORD)[None, :]
-        place = row64[:, None] * (words * PER_WORD) + (first * PER_WORD + element)[None, :]
-        v0 = tl.load(values + place, mask=here, other=0)
-        v1 = tl.load(values + plane + place, mask=here, other=0)
-        k = first * 32 + column
-        xs = tl.load(x + token.to(tl.int64)[:, None] * stride_x + k[None, :], mask=(token < N)[:, None] & (k < K)[None, :], other=0.0)
-        if PAIRED:
-            flag = flag >> ((element % 4) * 4)[None, :]
-            m0 = (flag & 0x10001) * 0xFFFF
-            m1 = ((flag >> 1) & 0x10001) * 0xFFFF
-            m2 = ((flag >> 2) & 0x10001) * 0xFFFF
-            m3 = ((flag >> 3) & 0x10001) * 0xFFFF
-            even, odd = _interleave(
-                v0 & m0, ((v0 & ~m0) | (v1 & m0)) & m1, ((v1 & ~m3) | (v0 & m3)) & m2, v1 & m3, DTYPE
-            )  # fmt: skip
-            w = tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3))  # (row, pair of groups, group of the pair, j / 2, j % 2)
-        else:
-            flag = flag >> ((element % 8 // 2) * 4 + (element % 2) * 16)[None, :]
-            zero = tl.zeros_like(v0)
-            has0 = (flag & 1) != 0
-            has3 = (flag & 8) != 0
-            w0 = tl.where(has0, v0, zero)
-            w1 = tl.where((flag & 2) != 0, tl.where(has0, v1, v0), zero)
-            w2 = tl.where((flag & 4) != 0, tl.where(has3, v0, v1), zero)
-            w3 = tl.where(has3, v1, zero)
-            w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (row, group, j / 2, j % 2)
-        acc = dot(tl.reshape(w, (ROWS, WORDS * 32)), tl.trans(xs), acc, PRECISION)
-    if EARLY:
-        gdc_launch_dependents()
-    place = token.to(tl.int64)[None, :] * stride_y + row[:, None]
+def _floats(pair, DTYPE: tl.constexpr):
+    """The low and the high 16 bits of an int32, as float32."""
+    if DTYPE == tl.bfloat16:  # the upper half of a float32
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = _halves(pair, DTYPE)
+        low = low.to(tl.float32)
+        high = high.to(tl.float32)
+    return low, high
+
+
+@jit
+def _finish(y, bias, acc, place, row, M, mask, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Bias, activation and store of a tile; parts of a split sum are stored as they are."""
     if SPLIT == 1:
         if bias is not None:
-            acc += tl.load(bias + row, mask=row < M, other=0.0).to(tl.float32)[:, None]
+            acc += tl.load(bias + row, mask=row < M, other=0.0).to(tl.float32)
         acc = activate(acc, ACTIVATION)
-    else:
-        place += tl.program_id(1).to(tl.int64) * N * stride_y
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=(token < N)[None, :] & (row < M)[:, None])
+    tl.store(y + place, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@jit
+def _one_kernel(
+    x,  # (K / 2,) int32: pairs of 16-bit x
+    values,  # (row tiles, column tiles, 2, 64, 32) int32: pairs of values
+    flags,  # (row tiles, column tiles, 64, 8) int32
+    bias,  # (M,) or None
+    y,  # (M,) in DTYPE; with SPLIT > 1 (SPLIT, M) float32 without epilogue
+    M, K,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tl.arange(0, 64)
+    pair = tl.arange(0, 32)
+    wide = tl.cdiv(K, 256)
+    per_split = tl.cdiv(wide, SPLIT)
+    value = values + tile.to(tl.int64) * wide * 4096 + row[:, None] * 32 + pair[None, :]
+    flag = flags + tile.to(tl.int64) * wide * 512 + row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    acc = tl.zeros((64, 32), dtype=tl.float32)
+    shift = (2 * (pair % 4))[None, :]
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(
+        bound(tl.program_id(1) * per_split), bound(tl.minimum(wide, (tl.program_id(1) + 1) * per_split)), num_stages=STAGES
+    ):  # fmt: skip
+        word = tl.load(flag + step * 512)
+        v0 = tl.load(value + step * 4096)
+        v1 = tl.load(value + step * 4096 + 2048)
+        k = step * 128 + tl.arange(0, 128)
+        xs = tl.load(x + k, mask=2 * k < K, other=0)
+        word = tl.reshape(tl.broadcast_to(word[:, :, None], (64, 8, 4)), (64, 32))
+        x01, x23 = tl.split(tl.broadcast_to(tl.reshape(xs, (1, 32, 2, 2)), (64, 32, 2, 2)))  # (row, pair, group of the pair)
+        even01, odd01 = tl.split(x01)
+        even23, odd23 = tl.split(x23)
+        a0, a1 = _floats(even01, DTYPE)
+        a2, a3 = _floats(even23, DTYPE)
+        b0, b1 = _floats(odd01, DTYPE)
+        b2, b3 = _floats(odd23, DTYPE)
+        av0, bv0 = _floats(v0, DTYPE)
+        av1, bv1 = _floats(v1, DTYPE)
+        # The first kept weight of a group is weight 0, 1 or 2, the second 1, 2 or 3.
+        acc += av0 * tl.where((word & (0x80 >> shift)) != 0, a0, tl.where((word & (0x8000 >> shift)) != 0, a1, a2))
+        acc += av1 * tl.where((word & (0x4000 >> shift)) != 0, a3, tl.where((word & (0x40 >> shift)) != 0, a2, a1))
+        acc += bv0 * tl.where((word & (0x800000 >> shift)) != 0, b0, tl.where(((word >> 1) & (0x40000000 >> shift)) != 0, b1, b2))
+        acc += bv1 * tl.where((word & (0x40000000 >> shift)) != 0, b3, tl.where((word & (0x400000 >> shift)) != 0, b2, b1))
+    if EARLY:
+        gdc_launch_dependents()
+    out = tile * 64 + row
+    place = out if SPLIT == 1 else tl.program_id(1) * M + out
+    _finish(y, bias, tl.sum(acc, 1), place, out, M, out < M, SPLIT, ACTIVATION)
+
+
+@jit
+def _kernel(
+    x,  # (N, K), rows stride_x apart
+    values,  # (row tiles, column tiles, 2, 64, 64); 16-bit values as pairs, (..., 64, 32) int32
+    flags,  # (row tiles, column tiles, 64, 8) int32
+    bias,  # (M,) or None
+    y,  # (N, M); with SPLIT > 1 (SPLIT, N, M) float32 without epilogue
+    N, M, K, stride_x,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = 32 if PAIRED else 64  # elements of a row of values in a tile
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    tile = tl.program_id(0)
+    row = tl.arange(0, 64)
+    element = tl.arange(0, WIDTH)
+    # Products may take the columns of a tile in any order: this one puts the 8 columns that a thread stores at once beside those of its
+    # neighbours in the row, so that they fall into different banks of shared memory.
+    column = tl.arange(0, 256)
+    column = column // 8 % 8 * 32 + column // 64 * 8 + column % 8
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    wide = tl.cdiv(K, 256)
+    per_split = tl.cdiv(wide, SPLIT)
+    value = values + tile.to(tl.int64) * wide * (128 * WIDTH) + row[:, None] * WIDTH + element[None, :]
+    flag = flags + tile.to(tl.int64) * wide * 512 + row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    xs_place = x + token.to(tl.int64)[:, None] * stride_x + column[None, :]
+    acc = tl.zeros((64, TOKENS), dtype=tl.float32)
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(
+        bound(tl.program_id(1) * per_split), bound(tl.minimum(wide, (tl.program_id(1) + 1) * per_split)), num_stages=STAGES
+    ):  # fmt: skip
+        word = tl.load(flag + step * 512)
+        v0 = tl.load(value + step * (128 * WIDTH))
+        v1 = tl.load(value + step * (128 * WIDTH) + 64 * WIDTH)
+        xs = tl.load(xs_place + step * 256, mask=(token < N)[:, None] & (step * 256 + column < K)[None, :], other=0.0)
+        word = tl.reshape(tl.broadcast_to(word[:, :, None], (64, 8, WIDTH // 8)), (64, WIDTH))
+        if PAIRED:
+            m0, m1, m2, m3 = _masks(word, tl.broadcast_to((element % 4)[None, :], (64, WIDTH)), ASM)
+            a0, b0 = _halves(v0 & m0, DTYPE)
+            a1, b1 = _halves(((v0 & ~m0) | (v1 & m0)) & m1, DTYPE)
+            a2, b2 = _halves(((v1 & ~m3) | (v0 & m3)) & m2, DTYPE)
+            a3, b3 = _halves(v1 & m3, DTYPE)
+            even = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # (row, pair, j / 2, j % 2)
+            odd = tl.join(tl.join(b0, b2), tl.join(b1, b3))
+            w = tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3))
+        else:
+            shift = (16 * (element % 2) - 2 * (element % 8 // 2))[None, :]
+            zero = tl.zeros_like(v0)
+            has0 = ((word >> (shift + 7)) & 1) != 0
+            has3 = ((word >> (shift + 14)) & 1) != 0
+            w0 = tl.where(has0, v0, zero)
+            w1 = tl.where(((word >> (shift + 15)) & 1) != 0, tl.where(has0, v1, v0), zero)
+            w2 = tl.where(((word >> (shift + 6)) & 1) != 0, tl.where(has3, v0, v1), zero)
+            w3 = tl.where(has3, v1, zero)
+            w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        w = tl.permute(tl.reshape(w, (64, 8, 4, 8)), (0, 2, 1, 3))
+        acc = dot(tl.reshape(w, (64, 256)), tl.trans(xs), acc, PRECISION)
+    if EARLY:
+        gdc_launch_dependents()
+    out = (tile * 64 + row)[:, None]
+    place = token.to(tl.int64)[None, :] * M + out
+    if SPLIT > 1:
+        place += tl.program_id(1).to(tl.int64) * N * M
+    _finish(y, bias, acc, place, out, M, (token < N)[None, :] & (out < M), SPLIT, ACTIVATION)
 
 
 def launch(
@@ -223,42 +309,50 @@ def launch(
     """Runs the kernel with the tiles of `config`, the best guess where it is empty."""
     check_linear("two_four_linear", x, (rows, columns), values.dtype, bias, activation)
     x2 = x.reshape(-1, columns)
-    tokens, groups = x2.shape[0], values.shape[2]
+    tokens, high = x2.shape[0], values.shape[0]
     if x2.stride(-1) != 1:
         x2 = x2.contiguous()
-    tile = parse(config or candidates(rows, tokens, x)[0], NAMES)
+    tile = parse(config or candidates(rows, columns, tokens, x)[0], NAMES)
     y = x.new_empty(tokens, rows)
     if y.numel():
         early, split, paired = bool(tile["early"]), tile["split"], x.element_size() == 2
         out = y if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
-        _kernel[(triton.cdiv(rows, tile["rows"]), split, triton.cdiv(tokens, tile["tokens"]))](
-            x2, values.view(torch.int32) if paired else values, flags, bias, out, tokens, rows, columns, groups, x2.stride(0), rows,
-            ROWS=tile["rows"], TOKENS=tile["tokens"], WORDS=tile["words"], SPLIT=split, STAGES=tile["stages"], PAIRED=paired,
-            ACTIVATION=activation, PRECISION="tf32" if paired else "ieee", EARLY=early, **launch_options(tile),
-        )  # fmt: skip
+        shared = {"SPLIT": split, "STAGES": tile["stages"], "ACTIVATION": activation, "EARLY": early, **launch_options(tile)}
+        if tile["tokens"] == 1 and _one(x2):
+            _one_kernel[(high, split)](
+                x2.view(torch.int32), values.view(torch.int32), flags, bias, out, rows, columns, DTYPE=_TRITON_TYPES[x.dtype], **shared
+            )
+        else:
+            wide = max(16, tile["tokens"])
+            _kernel[(high, split, triton.cdiv(tokens, wide))](
+                x2, values.view(torch.int32) if paired else values, flags, bias, out, tokens, rows, columns, x2.stride(0), TOKENS=wide,
+                PAIRED=paired, ASM=not interpreted() and torch.version.cuda is not None, PRECISION="tf32" if paired else "ieee", **shared,
+            )  # fmt: skip
         if split > 1:
             add_parts(out, bias, y, activation, tile["early"])
     return y.reshape(*x.shape[:-1], rows)
 
 
-TILES = (  # rows, words, warps, stages
-    (64, 8, 4, 2), (64, 8, 4, 3), (64, 8, 4, 1), (64, 4, 4, 3), (64, 4, 4, 2), (128, 4, 8, 3), (128, 8, 8, 2), (128, 4, 4, 2), (128, 8, 8, 1), (32, 8, 4, 3),
-)  # fmt: skip
+_TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} if tl is not None else {}
 
 
-def candidates(rows: int, tokens: int, x: Tensor) -> list[str]:
+def _one(x: Tensor) -> bool:
+    """Whether x is one row that can be read as pairs."""
+    return x.shape[0] == 1 and x.element_size() == 2 and x.shape[1] % 2 == 0 and x.data_ptr() % 4 == 0
+
+
+def candidates(rows: int, columns: int, tokens: int, x: Tensor) -> list[str]:
     """Tiles worth timing for `tokens` rows like x, the best guess first."""
-    wide = min(64, max(8, 1 << max(0, tokens - 1).bit_length()))
+    wide = 1 if tokens <= 1 else min(64, max(16, 1 << (tokens - 1).bit_length()))
     early = early_launch(x.device) if not interpreted() else 0
-    chosen = []
-    for tile_rows, words, warps, stages in TILES:
-        tiles = -(-rows // tile_rows)
-        splits = [min(16, max(1, 132 * c // tiles)) for c in (2, 3, 4, 7)]  # c programs for each of 132 multiprocessors
-        chosen += [
-            config(rows=tile_rows, tokens=wide, words=words, split=split, warps=warps, stages=stages, early=early)
-            for split in dict.fromkeys(splits)
-        ]
-    return chosen
+    tiles, steps = -(-rows // ROWS), -(-columns // COLUMNS)
+    splits = [min(steps, max(1, 132 * c // tiles)) for c in (2, 4, 7)]  # c programs for each of 132 multiprocessors
+    return [
+        config(tokens=w, split=split, warps=warps, stages=stages, early=early)
+        for w in dict.fromkeys((wide, max(16, wide)))
+        for warps, stages in ((4, 3), (4, 1), (4, 4), (4, 2))
+        for split in dict.fromkeys(splits)
+    ]
 
 
 op = define("two_four_linear", reference, launch, expand, gather)
@@ -271,7 +365,7 @@ def linear(x: Tensor, packed: TwoFour, bias: Tensor | None = None, activation: s
 
 def configs(packed: TwoFour, tokens: int) -> list[str]:
     """Tiles worth timing, the best guess first."""
-    return candidates(packed.shape[0], tokens, packed.values)
+    return candidates(*packed.shape, tokens, packed.values)
 
 
-KERNEL = Kernel("two_four", op, pack, unpack, linear, reference, configs, accepts)
+KERNEL = Kernel("two_four", op, pack, unpack, linear, reference, configs, accepts, most_tokens=MAX_TOKENS)

@@ -77,7 +77,7 @@ class GapCoded(Packed):
         return self.kept / max(1, self.shape[0] * self.shape[1])
 
 
-def pack(weight: Tensor, tile: int = 32, walkers: int = 16, panel: int = 2048) -> GapCoded:
+def pack(weight: Tensor, tile: int = 32, walkers: int = 16, panel: int = 4096) -> GapCoded:
     """Compresses `weight` (M, K). `tile` (R), `walkers` (W) and `panel` (P) are powers of two.
 
     Raises:
@@ -346,12 +346,11 @@ def candidates(rows: int, columns: int, panel: int, walkers: int, tile_rows: int
     early = early_launch(x.device) if not interpreted() else 0
     most = max(1, walkers * tile_rows // 32)
     panels = -(-columns // panel)
-    splits = [s for s in (panels, -(-panels // 2), 1)]
+    splits = [panels, -(-panels // 2), 1]
     return [
-        config(tokens=wide, split=split, warps=warps, stages=stages, early=early)
+        config(tokens=wide, split=split, warps=max(1, most // 4), stages=stages, early=early)
         for split in dict.fromkeys(splits)
-        for warps in dict.fromkeys((max(1, most // 4), max(1, most // 2)))
-        for stages in (2, 1, 3)
+        for stages in (4, 3)
     ]
 
 
@@ -370,4 +369,4 @@ def configs(packed: GapCoded, tokens: int) -> list[str]:
     return candidates(*packed.shape, packed.panel, walkers, tile_rows, tokens, packed.values)
 
 
-KERNEL = Kernel("unstructured", op, pack, unpack, linear, reference, configs, check_weight)
+KERNEL = Kernel("unstructured", op, pack, unpack, linear, reference, configs, check_weight, most_tokens=MAX_TOKENS)

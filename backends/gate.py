@@ -1,0 +1,252 @@
+"""The gate: a sparse kernel runs only where it was measured to beat the dense product, on this device, for this many tokens.
+
+Three steps, each of which can end it with "dense" and the reason:
+    accepts     the format takes the weight (2:4 is not for any zeros), and the kernel takes that many tokens
+    roofline    the bytes and operations that are left promise at least the margin; no time is spent on what cannot win
+    measurement every tile of the kernel against the dense product, in CUDA graphs with cold caches; kept in a table on disk
+
+Decode (few tokens, weights are traffic) and prefill (many, arithmetic) are two questions with two answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.backends.kernels.base import TOLERANCE, Kernel, Packed
+from graphprune.backends.timing import copies, dense_calls, time_calls
+
+MARGIN = 1.10  # a sparse path must beat the dense one by this factor
+DECODE_TOKENS, PREFILL_TOKENS = 1, 2048
+log = logging.getLogger("graphprune")
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a device can do at best: bytes per second, 16-bit matrix operations per second, seconds to start a kernel inside a graph."""
+
+    bandwidth: float
+    operations: float
+    start: float = 2e-6
+
+    def seconds(self, bytes_moved: float, operations: float) -> float:
+        return max(bytes_moved / self.bandwidth, operations / self.operations) + self.start
+
+
+ROOFS: Mapping[str, Roof] = {  # by a part of the device's name; vendors' numbers, reached to about nine tenths
+    "B200": Roof(8.0e12, 2.25e15),
+    "H200": Roof(4.8e12, 9.9e14),
+    "H100": Roof(3.35e12, 9.9e14),
+    "A100": Roof(2.0e12, 3.1e14),
+    "L40": Roof(0.86e12, 1.8e14),
+    "4090": Roof(1.0e12, 1.65e14),
+}
+ANY_ROOF = Roof(1.0e12, 2.0e14)  # an unknown device: its ratio decides nothing near the margin, so the measurement does
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median microseconds of the dense product and of the best tile of the kernel; `config` is empty where no tile ran."""
+
+    dense_us: float
+    sparse_us: float
+    config: str
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_us / self.sparse_us
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says about one weight and number of tokens: `path` is "dense" or the name of a kernel."""
+
+    path: str
+    tokens: int
+    reason: str
+    config: str = ""
+    dense_us: float | None = None  # measured; None where it was not
+    sparse_us: float | None = None
+    modelled: float | None = None  # speed-up that the roofline allows
+
+    @property
+    def sparse(self) -> bool:
+        return self.path != "dense"
+
+
+class Table:
+    """Measurements on disk: one small file each, replaced as a whole, so any number of processes may write at once.
+
+    The folder's name holds device and versions: another GPU, driver library or version of this package starts afresh.
+    """
+
+    def __init__(self, root: Path | None = None, device: str = "cpu") -> None:
+        default = Path(os.environ.get("GRAPHPRUNE_CACHE", Path.home() / ".cache" / "graphprune"))
+        triton = sys.modules.get("triton")
+        versions = f"torch{torch.__version__}-triton{getattr(triton, '__version__', 'none')}-cuda{torch.version.cuda or 'none'}"
+        self.folder = (root or default) / "gate" / re.sub(r"[^\w.+-]+", "_", f"{device}-{versions}")
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+    def get(self, key: str) -> Measurement | None:
+        try:
+            entry = json.loads(self._file(key).read_text())
+            return Measurement(**entry["measurement"]) if entry["key"] == key else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            log.debug("gate: entry %r is unreadable (%s) and is measured again", key, problem)
+            return None
+
+    def put(self, key: str, measurement: Measurement) -> None:
+        """Writes one entry. A folder that cannot be written costs a measurement in the next run, not this one."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                json.dump({"key": key, "measurement": dataclasses.asdict(measurement)}, file)
+            os.replace(name, self._file(key))
+        except OSError as problem:
+            log.warning("gate: measurements are not kept, %s cannot be written: %s", self.folder, problem)
+
+    def entries(self) -> Iterator[tuple[str, Measurement]]:
+        """All readable entries, in the order of their keys."""
+        found = {}
+        for file in self.folder.glob("*.json"):
+            try:
+                entry = json.loads(file.read_text())
+                found[entry["key"]] = Measurement(**entry["measurement"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        yield from sorted(found.items(), key=lambda item: item[0])
+
+
+Measure = Callable[[Kernel, Packed, Tensor, int], Measurement]
+
+
+class Gate:
+    """Decides between dense and sparse paths on one device, and remembers.
+
+    `measure` and `roof` are for tests; by default the device is measured and its roof looked up.
+    """
+
+    def __init__(
+        self, device: torch.device | str | None = None, table: Table | None = None, margin: float = MARGIN, measure: Measure | None = None,
+        roof: Roof | None = None,
+    ) -> None:  # fmt: skip
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.can_measure = measure is not None or (self.device.type == "cuda" and torch.cuda.is_available())
+        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" and torch.cuda.is_available() else self.device.type
+        self.table = table or Table(device=self.name)
+        self.margin = margin
+        self.measure = measure or measure_kernel
+        self.roof = roof or next((r for part, r in ROOFS.items() if part in self.name), ANY_ROOF)
+
+    def decide(self, kernels: Iterable[Kernel], weight: Tensor, tokens: int, **options: Any) -> Decision:
+        """The fastest path for y = x W^T with `tokens` rows of x; `options` go to the kernels' `pack`.
+
+        A measurement is shared by all weights of the same shape, type, density (to a hundredth) and kernel.
+        """
+        decisions = [self._ask(kernel, weight, tokens, options) for kernel in kernels]
+        sparse = [d for d in decisions if d.sparse]
+        if sparse:
+            return min(sparse, key=lambda d: d.sparse_us or 0.0)
+        return decisions[0] if len(decisions) == 1 else Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given")
+
+    def decide_both(
+        self, kernels: Iterable[Kernel], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
+    ) -> tuple[Decision, Decision]:
+        """The paths of a layer that generates: (for `decode` tokens, for `prefill` tokens)."""
+        kernels = tuple(kernels)
+        return self.decide(kernels, weight, decode, **options), self.decide(kernels, weight, prefill, **options)
+
+    def _ask(self, kernel: Kernel, weight: Tensor, tokens: int, options: Mapping[str, Any]) -> Decision:
+        def dense(reason: str, **numbers: Any) -> Decision:
+            return Decision("dense", tokens, f"{kernel.name}: {reason}", **numbers)
+
+        if not self.can_measure:
+            return dense("no CUDA device to measure on")
+        if (reason := kernel.accepts(weight)) is not None:
+            return dense(reason)
+        if kernel.most_tokens is not None and tokens > kernel.most_tokens:
+            return dense(f"made for at most {kernel.most_tokens} tokens, not {tokens}")
+        density = float((weight != 0).float().mean()) if weight.numel() else 1.0
+        named = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
+        key = f"{kernel.name}@{_source(kernel)} {tuple(weight.shape)} {weight.dtype} density={density:.2f} tokens={tokens} {named}".strip()
+        packed = None
+        if (found := self.table.get(key)) is None:
+            packed = kernel.pack(weight, **options)
+            allowed = self.model(packed, tokens, weight.element_size())
+            if allowed < self.margin:
+                return dense(f"the roofline allows {allowed:.2f}x, {self.margin:.2f}x is asked for", modelled=allowed)
+            found = self.measure(kernel, packed, weight, tokens)
+            self.table.put(key, found)
+        numbers = {"dense_us": found.dense_us, "sparse_us": found.sparse_us}
+        if not found.config:
+            return dense("no tile of it runs on this device", dense_us=found.dense_us)
+        if found.speedup < self.margin:
+            return dense(f"measured {found.speedup:.2f}x of dense, {self.margin:.2f}x is asked for", **numbers)
+        return Decision(kernel.name, tokens, f"measured {found.speedup:.2f}x of dense", found.config, **numbers)
+
+    def model(self, packed: Packed, tokens: int, element_size: int) -> float:
+        """How many times faster than dense the roofline lets a packed weight be."""
+        rows, columns = packed.shape
+        moved = tokens * (rows + columns) * element_size  # x and y cross memory either way
+        operations = 2.0 * rows * columns * tokens
+        dense = self.roof.seconds(rows * columns * element_size + moved, operations)
+        return dense / self.roof.seconds(packed.bytes + moved, operations * packed.work)
+
+    def crossover(self, kernel: Kernel, make: Callable[[float], Tensor], densities: Iterable[float], tokens: Iterable[int]) -> list[Decision]:
+        """Decisions over densities and tokens for weights that `make(density)` draws: where on this device sparse begins to pay."""
+        tokens = tuple(tokens)
+        decisions = []
+        for density in densities:
+            weight = make(density)
+            decisions += [self._ask(kernel, weight, count, {}) for count in tokens]
+        return decisions
+
+
+def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) -> Measurement:
+    """Times dense and every tile of `kernel`; a tile whose result is off, or that does not fit the device, is left out."""
+    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=torch.float32).to(weight.dtype)
+    dense_us = time_calls(dense_calls(weight, x)).median
+    expected = torch.nn.functional.linear(x[:64].double(), weight.double())
+    clones = [
+        dataclasses.replace(packed, **{name: t.clone() for name, t in packed.tensors.items()})
+        for _ in range(copies(packed.bytes, weight.device))
+    ]
+    best = (float("inf"), "")
+    for config in kernel.configs(packed, tokens):
+        try:
+            error = (kernel.linear(x, packed, config=config)[:64].double() - expected).norm() / expected.norm()
+            if not error < 2 * TOLERANCE[x.dtype]:
+                log.warning("gate: %s with '%s' is off by %.1e and is left out", kernel.name, config, float(error))
+                continue
+            best = min(best, (time_calls([lambda p=p: kernel.linear(x, p, config=config) for p in clones], repeats=9).median, config))
+        except RuntimeError as problem:  # out of shared memory, registers or memory; Triton's errors derive from it
+            log.debug("gate: %s with '%s' does not run: %s", kernel.name, config, problem)
+    if not best[1]:
+        return Measurement(dense_us, float("inf"), "")
+    sparse_us = time_calls([lambda p=p: kernel.linear(x, p, config=best[1]) for p in clones]).median
+    return Measurement(dense_us, sparse_us, best[1])
+
+
+def _source(kernel: Kernel) -> str:
+    """A short hash of the kernel's file: a changed kernel is measured again."""
+    file = inspect.getsourcefile(kernel.pack)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file else "unknown"

@@ -1,0 +1,192 @@
+"""Sparse kernels against dense cuBLAS and against torch's own sparse paths: correctness first, then time.
+
+    python3 benchmarks/kernels.py [--only block two_four unstructured] [--quick] [--seconds 500] [--json FILE]
+
+Each row is one weight shape (rows x columns), sparsity and number of tokens, in bf16: median time of a call inside a CUDA graph, with so many
+copies of the weight in turn that none is in the L2 cache. All tile configurations of the kernel are timed, the best once more. `bound` is
+what the traffic or, for many tokens, the arithmetic would allow; `torch` is torch's own kernel for the format, where it runs.
+A row is timed only after its result agreed with float64 and was bit-equal in a second run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.backends.kernels import KERNELS
+from graphprune.backends.kernels.base import MODEL_SHAPES, TOLERANCE, Kernel, Packed, Shape
+from graphprune.backends.timing import copies, dense_calls, time_calls
+
+SHAPES = {f"{s.rows}x{s.columns}": s for s in MODEL_SHAPES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table before it is measured."""
+
+    kernel: str
+    shape: Shape
+    sparsity: float
+    tokens: int
+    options: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+
+
+def block_mask(rows: int, columns: int, sparsity: float, block: int, device: str) -> Tensor:
+    high, wide = -(-rows // block), -(-columns // block)
+    kept = torch.zeros(high * wide, dtype=torch.bool, device=device)
+    kept[torch.randperm(high * wide, device=device)[: round((1 - sparsity) * high * wide)]] = True
+    return kept.reshape(high, wide).repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
+
+
+def two_four_mask(rows: int, columns: int, device: str) -> Tensor:
+    kept = torch.rand(rows, columns // 4, 4, device=device).topk(2, -1).indices
+    return torch.zeros(rows, columns // 4, 4, dtype=torch.bool, device=device).scatter_(-1, kept, True).reshape(rows, columns)
+
+
+def make_weight(case: Case, device: str) -> Tensor:
+    rows, columns = case.shape.rows, case.shape.columns
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=device) / columns**0.5
+    if case.kernel == "block_sparse":
+        return weight * block_mask(rows, columns, case.sparsity, dict(case.options)["block"], device)
+    if case.kernel == "two_four":
+        return weight * two_four_mask(rows, columns, device)
+    return weight * (torch.rand(rows, columns, device=device) >= case.sparsity)
+
+
+def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Relative error of the first 64 rows against float64."""
+    y, x = y[:64].double(), x[:64].double()
+    expected = torch.cat([x @ part.double().T for part in weight.split(4096)], 1)
+    return float((y - expected).norm() / expected.norm())
+
+
+def rotated(kernel: Kernel, packed: Packed, x: Tensor, config: str) -> list[Callable[[], Tensor]]:
+    clones = [
+        dataclasses.replace(packed, **{name: t.clone() for name, t in packed.tensors.items()})
+        for _ in range(copies(packed.bytes, x.device))
+    ]
+    return [lambda p=p: kernel.linear(x, p, config=config) for p in clones]
+
+
+def torch_calls(case: Case, weight: Tensor, x: Tensor) -> list[Callable[[], Any]]:
+    """torch's own sparse path for the format of `case`."""
+    if case.kernel == "block_sparse":
+        from torch.sparse._triton_ops import bsr_dense_addmm
+
+        bsr = weight.to_sparse_bsr(dict(case.options)["block"])
+        number = copies(bsr.values().numel() * 2, x.device)
+        clones = [
+            torch.sparse_bsr_tensor(bsr.crow_indices().clone(), bsr.col_indices().clone(), bsr.values().clone(), bsr.shape)
+            for _ in range(number)
+        ]
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16))
+        bias = weight.new_zeros(weight.shape[0], padded.shape[0])
+        return [lambda w=w: bsr_dense_addmm(bias, w, padded.T, beta=0) for w in clones]
+    if case.kernel == "two_four":
+        from torch.sparse import SparseSemiStructuredTensorCUSPARSELT as Library
+
+        clones = [Library.from_dense(weight) for _ in range(copies(weight.numel(), x.device))]
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16))
+        return [lambda w=w: torch.nn.functional.linear(padded, w) for w in clones]
+    return []
+
+
+def cases(only: list[str], quick: bool) -> Iterator[Case]:
+    big = [SHAPES["14336x4096"], SHAPES["4096x14336"]]
+    shapes = big if quick else [*big, SHAPES["28672x8192"], SHAPES["4096x4096"]]
+    for shape in shapes:
+        if "block" in only:
+            for sparsity in (0.8, 0.9):
+                for tokens in (1, 32, 4096) if quick else (1, 16, 32, 4096):
+                    yield Case("block_sparse", shape, sparsity, tokens, (("block", 64),), "block 64")
+        if "two_four" in only:
+            for tokens in (1, 32) if quick else (1, 16, 32):
+                yield Case("two_four", shape, 0.5, tokens, (), "2:4")
+        if "unstructured" in only:
+            for sparsity in (0.5, 0.6, 0.7) if quick else (0.4, 0.5, 0.6, 0.7, 0.8):
+                for tokens in (1, 2) if not quick else (1,):
+                    yield Case("unstructured", shape, sparsity, tokens, (), "unstructured")
+
+
+def measure(case: Case, dense: dict[tuple[str, int], float], quick: bool, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Checks and times one case; `dense` keeps the dense times between cases."""
+    device = "cuda"
+    kernel, shape = KERNELS[case.kernel], case.shape
+    weight = make_weight(case, device)
+    packed = kernel.pack(weight, **dict(case.options))
+    x = torch.randn(case.tokens, shape.columns, dtype=torch.bfloat16, device=device)
+    key = (shape.name, case.tokens)
+    if key not in dense:
+        dense[key] = time_calls(dense_calls(weight, x)).median
+    times: dict[str, float] = {}
+    found = 0.0
+    for config in kernel.configs(packed, case.tokens):
+        try:
+            y = kernel.linear(x, packed, config=config)
+            found = error(y, x, weight)
+            if not found < TOLERANCE[x.dtype]:
+                raise SystemExit(f"{case}: relative error {found:.2e} against float64 with '{config}'")
+            if not torch.equal(y, kernel.linear(x, packed, config=config)):
+                raise SystemExit(f"{case}: two runs of '{config}' differ")
+            times[config] = time_calls(rotated(kernel, packed, x, config), repeats=9).median
+        except (RuntimeError, torch.OutOfMemoryError) as problem:  # a tile that does not fit this device
+            log.append({"case": str(case), "config": config, "problem": str(problem)[:200]})
+    best = min(times, key=times.__getitem__)
+    spread = time_calls(rotated(kernel, packed, x, best))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own = torch_calls(case, weight, x)
+            torch_us = time_calls(own, repeats=9).median if own else None
+    except Exception as problem:
+        torch_us = None
+        log.append({"case": str(case), "torch": repr(problem)[:200]})
+    dense_bytes = weight.numel() * 2
+    return {
+        "kernel": case.label, "shape": f"{shape.rows}x{shape.columns}", "sparsity": case.sparsity, "tokens": case.tokens,
+        "dense_us": round(dense[key], 2), "us": round(spread.median, 2), "low": round(spread.low, 2), "high": round(spread.high, 2),
+        "speedup": round(dense[key] / spread.median, 2), "torch_us": torch_us and round(torch_us, 2),
+        "bound": round(dense_bytes / packed.bytes if case.tokens < 256 else 1 / packed.density, 2), "TB/s": round(packed.bytes / spread.median / 1e6, 2),
+        "error": float(f"{found:.1e}"), "config": best, "all": {c: round(t, 2) for c, t in sorted(times.items(), key=lambda item: item[1])},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="*", default=["block", "two_four", "unstructured"])
+    parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens")
+    parser.add_argument("--seconds", type=float, default=500, help="stop after this time")
+    parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: nothing to measure (correctness on the CPU is tests/test_kernels.py)")
+    begin, rows, log, dense = time.monotonic(), [], [], {}
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    header = ("kernel", "shape", "sparsity", "tokens", "dense_us", "us", "speedup", "bound", "torch_us", "TB/s", "config")
+    print("".join(f"{name:>13}" for name in header[:-1]), header[-1])
+    for case in cases(args.only, args.quick):
+        if time.monotonic() - begin > args.seconds:
+            print(f"stopped after {args.seconds:.0f} s, before {case}")
+            break
+        row = measure(case, dense, args.quick, log)
+        rows.append(row)
+        print("".join(f"{row[name]!s:>13}" for name in header[:-1]), " ".join(part.split("=")[0][:2] + part.split("=")[1] for part in row["config"].split()), flush=True)
+        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "log": log}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
