@@ -3,7 +3,8 @@
     python -m benchmarks.analysis torchvision [pattern]     ours (median of five) and Torch-Pruning 1.6.1, in turns, one process per network
     python -m benchmarks.analysis scaling                   10 to 160 layers of a 70B-shaped GQA Llama on the meta device
 
-Analysis is what lies between the exported graph and the list of groups with all index matrices. Torch-Pruning's time is `build_dependency` (its trace included) plus
+Analysis is what lies between the exported graph and the list of groups with all index matrices. Torch-Pruning's time is `build_dependency`
+(its trace included) plus
 `get_all_groups`; our export is shown in a column of its own.
 """
 
@@ -93,22 +94,31 @@ def torchvision(pattern: str) -> None:
 
 
 def scaling() -> None:
-    import tests.torchvision_ops  # noqa: F401  # transformers imports torchvision
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    import tests.torchvision_ops  # noqa: F401  # transformers imports torchvision
     from graphprune.capture.torch_export import capture_torch
 
     print(f"{'layers':>6} {'nodes':>6} {'export s':>9} {'analysis s':>11} {'groups':>7}")
     for layers in (10, 20, 40, 80, 160):
         config = LlamaConfig(
-            hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64, num_key_value_heads=8, vocab_size=32000, use_cache=False
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=layers,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=32000,
+            use_cache=False,
         )
         with torch.device("meta"):
             model, tokens = LlamaForCausalLM(config).eval(), torch.zeros(2, 11, dtype=torch.long)
         start = time.perf_counter()
         program = capture_torch(model, (tokens,))
         exported = time.perf_counter() - start
-        print(f"{layers:6} {len(program.nodes):6} {exported:9.2f} {statistics.median(_solve(program) for _ in range(5)):11.3f} {len(program.groups):7}", flush=True)
+        print(
+            f"{layers:6} {len(program.nodes):6} {exported:9.2f} {statistics.median(_solve(program) for _ in range(5)):11.3f} {len(program.groups):7}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

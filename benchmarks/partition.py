@@ -2,8 +2,8 @@
 
     python -m benchmarks.partition [pattern]
 
-A unit is the set of (tensor, axis, position) entries that go together. Both partitions are restricted to entries that both tools would cut; they are equal when
-the restricted sets are. Differences are printed with the network and the tensors involved.
+A unit is the set of (tensor, axis, position) entries that go together. Both partitions are restricted to entries that both tools would cut;
+they are equal when the restricted sets are. Differences are printed with the network and the tensors involved.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m benchmarks.twins [pattern ...]
 
-For every network: number of groups, kinds, sizes and the partition into units agree (on weights that carry the same name on both sides), and one plan made on the
+For every network: number of groups, kinds, sizes and the partition into units agree (on weights that carry the same name on both sides),
+and one plan made on the
 torch side, applied to both, gives the same outputs in float64.
 """
 
@@ -69,17 +70,31 @@ def compare(name: str, pipe: Any) -> None:
             inputs = [x for x in ours.example_inputs if isinstance(x, torch.Tensor)]
             a = run(apply_cut(ours, Cut(ours.analysis, plan.removed)), ours.example_inputs, dtype=torch.float64)
             b = run(apply_cut(twin, Cut(twin.analysis, plan.resolve(twin))), inputs, dtype=torch.float64)
-            pipe.send((sizes == sizes2, cells == cells2, len(cells), len(cells ^ cells2), distance(b[: len(a)], a), len(common), len(ours.weights), str(dict((sizes - sizes2) + (sizes2 - sizes)))))
+            pipe.send(
+                (
+                    sizes == sizes2,
+                    cells == cells2,
+                    len(cells),
+                    len(cells ^ cells2),
+                    distance(b[: len(a)], a),
+                    len(common),
+                    len(ours.weights),
+                    str(dict((sizes - sizes2) + (sizes2 - sizes))),
+                )
+            )
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''} ({traceback.extract_tb(error.__traceback__)[-1].name})")
+        pipe.send(
+            f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''} ({traceback.extract_tb(error.__traceback__)[-1].name})"
+        )
 
 
 def main() -> None:
     patterns = sys.argv[1:] or ["*"]
     good = total = 0
     print(f"{'network':38} {'groups':>7} {'units':>8} {'differ':>7} {'same plan, distance':>20}")
-    import tests.torchvision_ops  # noqa: F401  # before anything that imports torchvision
     import transformers  # noqa: F401  # once, before the forks
+
+    import tests.torchvision_ops  # noqa: F401  # before anything that imports torchvision
 
     for name in NETWORKS:
         if not any(fnmatch(name, p) for p in patterns):
@@ -101,7 +116,10 @@ def main() -> None:
             continue
         sizes, cells, count, differ, gap, common, weights, which = found
         good += sizes and cells and gap <= 1e-5
-        print(f"{name:38} {'equal' if sizes else 'differ':>7} {count:8} {differ:7} {gap:20.1e}   {common} of {weights} weights by name {'' if sizes else which}", flush=True)
+        print(
+            f"{name:38} {'equal' if sizes else 'differ':>7} {count:8} {differ:7} {gap:20.1e}   {common} of {weights} weights by name {'' if sizes else which}",
+            flush=True,
+        )
     print(f"{good} of {total} agree")
 
 

@@ -38,8 +38,10 @@ def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any]
     """Turn a model into the standardized graph.
 
     Args:
-        model: a torch module, an `.onnx` file, a folder with a Hugging Face checkpoint, an ONNX model in memory, or a `Program` (returned as it is).
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. Optional for Hugging Face models and ONNX.
+        model: a torch module, an `.onnx` file, a folder with a Hugging Face checkpoint, an ONNX model in memory, or a `Program` (returned
+            as it is).
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. Optional for Hugging Face models and
+            ONNX.
         kwargs: further keyword arguments of `forward`.
         dynamic_shapes: as `torch.export.export` takes it.
 
@@ -91,7 +93,8 @@ def _arguments(module: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any]
         if made is None:
             names = ", ".join(inspect.signature(module.forward).parameters)
             raise InvalidInput(
-                f"example inputs are needed to trace {type(module).__name__}.forward({names}): call graphprune.compile(model, torch.randn(2, 3, 224, 224)), "
+                f"example inputs are needed to trace {type(module).__name__}.forward({names}): "
+                "call graphprune.compile(model, torch.randn(2, 3, 224, 224)), "
                 "with inputs of the sizes you use and a batch of at least 2"
             )
         named = made
@@ -99,7 +102,15 @@ def _arguments(module: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any]
     return args, {**{k: v for k, v in accepted.items() if k not in named}, **named}
 
 
-def plan(model: Source, example_inputs: Any = None, *, remove: Mapping[str, Iterable[int]] | None = None, kwargs=None, dynamic_shapes=None, **planning: Any) -> Plan:
+def plan(
+    model: Source,
+    example_inputs: Any = None,
+    *,
+    remove: Mapping[str, Iterable[int]] | None = None,
+    kwargs=None,
+    dynamic_shapes=None,
+    **planning: Any,
+) -> Plan:
     """Decide what goes, without cutting: explicit units (`remove={"group": [0, 7]}`), or the planning arguments of `compile`."""
     from graphprune.planning import make_plan
 
@@ -218,7 +229,8 @@ MEASURE_SECONDS = 0.5
 
 
 def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[Latency, Latency] | None:
-    """One call before and after, in turns: modules by PyTorch, ONNX files by ONNX Runtime where it is installed; None where neither runs."""
+    """One call before and after, in turns: modules by PyTorch, ONNX files by ONNX Runtime where it is installed; None where neither runs.
+    """
     from graphprune.capture.torch_export import evaluating
 
     if module is None:
@@ -243,7 +255,9 @@ def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tup
 
 def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend: str) -> tuple[Latency, Latency]:
     found = interleaved(dict(zip(("before", "after"), calls)), warmup=1, repeats=5, device=device, seconds=MEASURE_SECONDS)
-    before, after = (Latency(*(float(q) for q in np.quantile(found[name].times, (0.5, 0.25, 0.75))), where, backend) for name in ("before", "after"))
+    before, after = (
+        Latency(*(float(q) for q in np.quantile(found[name].times, (0.5, 0.25, 0.75))), where, backend) for name in ("before", "after")
+    )
     return before, after
 
 
@@ -271,7 +285,16 @@ class _Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate: Certificate | None, notes: Sequence[str], times: tuple[Times, str], seconds: Mapping[str, float]) -> Report:
+def _report(
+    program: Program,
+    pruned: Program,
+    cut: Cut,
+    plan: Plan,
+    certificate: Certificate | None,
+    notes: Sequence[str],
+    times: tuple[Times, str],
+    seconds: Mapping[str, float],
+) -> Report:
     from graphprune import costs
 
     before, after = costs.footprint(program), costs.footprint(pruned)
@@ -280,7 +303,9 @@ def _report(program: Program, pruned: Program, cut: Cut, plan: Plan, certificate
     return Report(
         before=before,
         after=after,
-        model=type(program.source.module).__name__ if hasattr(program.source, "module") else Path(getattr(program.source, "path", None) or "model.onnx").name,
+        model=type(program.source.module).__name__
+        if hasattr(program.source, "module")
+        else Path(getattr(program.source, "path", None) or "model.onnx").name,
         plan_hash=plan.hash,
         layers=changes({n: v.shape or () for n, v in program.weights.items()}, {n: v.shape or () for n, v in pruned.weights.items()}),
         costs=layer_costs(program, cut, times[0]),
@@ -329,7 +354,8 @@ def compile(
 
     Args:
         pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`; in [0, 1).
-        budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and the ratio is the most any group loses.
+        budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
+            the ratio is the most any group loses.
         units: kinds of units that may go, of `graphprune.units.UNITS`.
         importance: "magnitude", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
         scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
@@ -342,7 +368,12 @@ def compile(
     """
     from graphprune.planning import make_plan
 
-    for name, value, why in (("recipe", recipe, "no recipe is registered yet"), ("sparsity", sparsity, "masks are not implemented yet"), ("pattern", pattern, "masks are not implemented yet"), ("metric", metric, "the accuracy_drop budget is not implemented yet")):
+    for name, value, why in (
+        ("recipe", recipe, "no recipe is registered yet"),
+        ("sparsity", sparsity, "masks are not implemented yet"),
+        ("pattern", pattern, "masks are not implemented yet"),
+        ("metric", metric, "the accuracy_drop budget is not implemented yet"),
+    ):
         if value is not None:
             raise InvalidInput(f"{name}={value!r}: {why}")
     if pruning_ratio is None and budget is None and not repair:
@@ -386,7 +417,9 @@ def compile(
             seed=seed,
         )
     result = apply(program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify)
-    result.report = replace(result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}})
+    result.report = replace(
+        result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
+    )
     return result
 
 
@@ -400,7 +433,9 @@ def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
-    """Read back what `Result.save` wrote: a module for a folder (`model` is the original, needed for plain modules), a `Program` for an `.onnx` file."""
+    """Read back what `Result.save` wrote: a module for a folder (`model` is the original, needed for plain modules), a `Program` for an
+    `.onnx` file.
+    """
     if Path(path).is_file():
         return capture(path)
     from graphprune.results import load_result

@@ -1,7 +1,8 @@
 """Depth units: residual branches, found where an addition joins a value with something computed from it.
 
-In `y = x + f(x)` the region f is every node that is reached from x and reaches the addition. It may read values from elsewhere (masks, rotary tables); nothing outside may
-read what it computes. Removing the unit replaces y by x, which is exactly the network whose branch gives zero.
+In `y = x + f(x)` the region f is every node that is reached from x and reaches the addition. It may read values from elsewhere (masks,
+rotary tables); nothing outside may read what it computes. Removing the unit replaces y by x, which is exactly the network whose branch
+gives zero.
 """
 
 from __future__ import annotations

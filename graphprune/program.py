@@ -64,7 +64,8 @@ class Node:
     blocks: tuple[Block, ...] = ()  # bodies of control flow; `call` then also receives `run_block(block, inputs) -> outputs`
 
     def __repr__(self) -> str:
-        return f"{', '.join(map(repr, self.outputs))} = {self.domain or 'onnx'}.{self.op_type}({', '.join(f'{k}={v}' for k, v in self.args.items())})"
+        outputs, args = ", ".join(map(repr, self.outputs)), ", ".join(f"{k}={v}" for k, v in self.args.items())
+        return f"{outputs} = {self.domain or 'onnx'}.{self.op_type}({args})"
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]

@@ -1,4 +1,6 @@
-"""The property everything rests on: the pruned network is the masked network, for every tiny model and every group, and one index off is seen."""
+"""The property everything rests on: the pruned network is the masked network, for every tiny model and every group, and one index off is
+seen.
+"""
 
 from __future__ import annotations
 

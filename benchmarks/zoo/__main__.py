@@ -3,9 +3,9 @@
     python -m benchmarks.zoo                       all rows that the results file lacks, then the table
     python -m benchmarks.zoo 'torchvision/*' hf/llama --results results/zoo.jsonl
 
-Each row runs in a process of its own with a time limit. At ratio 0.5 with the default units, and once more with `hidden`: certificate of all groups at once on three inputs in
-float64, a negative control (one member shifted by one position must fail), and write-back. The results file is JSON lines, keyed by row and code version; a second run only adds
-what is missing.
+Each row runs in a process of its own with a time limit. At ratio 0.5 with the default units, and once more with `hidden`: certificate of
+all groups at once on three inputs in float64, a negative control (one member shifted by one position must fail), and write-back. The
+results file is JSON lines, keyed by row and code version; a second run only adds what is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 240  # per row, capture included; the compiler itself has 60 beyond capture
-UNIT_SETS = {"default": ("channel", "neuron", "head", "kv_group", "expert"), "hidden": ("channel", "neuron", "head", "kv_group", "expert", "hidden")}
+UNIT_SETS = {
+    "default": ("channel", "neuron", "head", "kv_group", "expert"),
+    "hidden": ("channel", "neuron", "head", "kv_group", "expert", "hidden"),
+}
 
 
 def code_version() -> str:
@@ -131,12 +134,12 @@ def _child(name: str, pipe: Any) -> None:
 
 def run_rows(names: list[str], results: Path, jobs: int) -> None:
     """Fork one process per row, `jobs` at a time; libraries are imported once, here."""
-    import tests.torchvision_ops  # noqa: F401  # before anything that imports torchvision
     import timm  # noqa: F401
     import torch
     import torchvision  # noqa: F401
     import transformers  # noqa: F401
 
+    import tests.torchvision_ops  # noqa: F401  # before anything that imports torchvision
     from benchmarks.zoo_models import ROWS
 
     torch.set_num_threads(1)
@@ -176,12 +179,20 @@ def verdict(record: dict[str, Any]) -> str:
         return record["why"].splitlines()[0][:150]
     tried = record.get("exercise", {})
     wrong = [name for name, value in tried.items() if value is False]
-    return (f"does not hold: {', '.join(wrong)}; " if wrong else "") + "; ".join(f"{label} {record[label]['status']}, {record[label].get('module', '')} {str(record[label].get('why', ''))[:120]}" for label in UNIT_SETS)
+    return (f"does not hold: {', '.join(wrong)}; " if wrong else "") + "; ".join(
+        f"{label} {record[label]['status']}, {record[label].get('module', '')} {str(record[label].get('why', ''))[:120]}"
+        for label in UNIT_SETS
+    )
 
 
 def passed(record: dict[str, Any]) -> bool:
     """Proved with the default units; `hidden` may find nothing more to cut, but nothing may be wrong."""
-    return "why" not in record and record["default"]["status"] in ("passed",) and record["hidden"]["status"] in ("passed", "ill-conditioned") and False not in record.get("exercise", {}).values()
+    return (
+        "why" not in record
+        and record["default"]["status"] in ("passed",)
+        and record["hidden"]["status"] in ("passed", "ill-conditioned")
+        and False not in record.get("exercise", {}).values()
+    )
 
 
 def table(records: list[dict[str, Any]]) -> str:

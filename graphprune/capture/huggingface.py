@@ -48,7 +48,9 @@ def example_kwargs(module: nn.Module) -> dict[str, Any] | None:
         "input_ids": tokens,
         "decoder_input_ids": lambda: tokens(LENGTH - 2),
         "pixel_values": lambda: normal(BATCH, getattr(vision, "num_channels", 3), height, width),
-        "input_values": lambda: normal(BATCH, getattr(config, "max_length", 0) or 4000, *([config.num_mel_bins] if hasattr(config, "num_mel_bins") else [])),
+        "input_values": lambda: normal(
+            BATCH, getattr(config, "max_length", 0) or 4000, *([config.num_mel_bins] if hasattr(config, "num_mel_bins") else [])
+        ),
         "input_features": lambda: normal(BATCH, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)),
     }
     parameters = inspect.signature(module.forward).parameters

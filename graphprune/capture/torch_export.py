@@ -1,6 +1,7 @@
 """`torch.export` -> `Program`: one node per ATen op of the undecomposed training IR, nothing copied.
 
-The graph is only decomposed (functionalised) when an in-place op writes through a view, or into a value that is read again under its old name: there an in-place
+The graph is only decomposed (functionalised) when an in-place op writes through a view, or into a value that is read again under its old
+name: there an in-place
 spelling is not its functional one.
 """
 
@@ -35,7 +36,9 @@ class TorchSource:
     values: dict[fx.Node, Any] = field(default_factory=dict)  # FX node -> Value, or a tuple of them
 
 
-def capture_torch(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None) -> Program:
+def capture_torch(
+    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None
+) -> Program:
     """Export a module in evaluation mode and view the result as a `Program`. The module is left as it was.
 
     Raises:
@@ -91,7 +94,11 @@ def _unlifted(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     return graph_module  # type: ignore[return-value]
 
 
-_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # name -> arguments before the body
 
 
@@ -284,9 +291,13 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     many = isinstance(metas, (tuple, list))
     operands = [v for v in node.inputs if not (op_type.startswith("new_") and v is next(iter(args.values())))]
     symbolic = any(v.shape is None for v in operands)
-    constant = not random and domain != "python" and all(v.kind is Kind.CONSTANT or (v.shape is None and v.tensor is not None) for v in operands)
+    constant = (
+        not random and domain != "python" and all(v.kind is Kind.CONSTANT or (v.shape is None and v.tensor is not None) for v in operands)
+    )
     kind = Kind.CONSTANT if constant else Kind.RESULT
-    values = tuple(_value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,)))  # type: ignore[arg-type]
+    values = tuple(
+        _value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,))
+    )  # type: ignore[arg-type]
     for value, shape in zip(values, shapes or ()):
         value.shape = shape  # surgery wrote what the cut left
     node.outputs = values

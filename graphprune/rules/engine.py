@@ -26,7 +26,9 @@ class Flow:
     dropped: tuple[Axis, ...] = ()  # left out of the result, not added up
     products: tuple[tuple[Value, ...], ...] = ()  # are summed too, but do not decide where the result vanishes (scores of attention)
     joined: bool = False  # the terms lie side by side (concat): where one vanishes is a matter of the terms that have the axis
-    carries: Mapping[Value, frozenset[int]] | None = None  # axes of the result that an operand reaches; asked only where a factor occurs twice
+    carries: Mapping[Value, frozenset[int]] | None = (
+        None  # axes of the result that an operand reaches; asked only where a factor occurs twice
+    )
 
 
 class Engine:
@@ -66,6 +68,9 @@ class Engine:
             return self.constants[key]
         if value not in self.dims:
             self.dims[value] = self.fresh(value)
+            if value.producer is not None:  # a result that no rule has described
+                for axis in self.dims[value]:
+                    ax.freeze(axis, NotPrunable(Reason.NO_RULE, value.producer.name))
         return self.dims[value]
 
     def set(self, value: Value, dims: Sequence[Axis]) -> None:
@@ -136,7 +141,9 @@ class Engine:
         carries: Mapping[Value, Iterable[int]] | None = None,
     ) -> None:
         reach = None if carries is None else {value: frozenset(axes) for value, axes in carries.items()}
-        self.flows.append(Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over), tuple(summed), tuple(dropped), joined=joined, carries=reach))
+        self.flows.append(
+            Flow(self.node, out, tuple(tuple(t) for t in terms), tuple(over), tuple(summed), tuple(dropped), joined=joined, carries=reach)
+        )
 
     # ---- whole nodes
 

@@ -10,8 +10,9 @@ Operands are named as in the op's schema; an operand that is absent (None) is sk
     *        any number of axes that the op fixes (they are frozen, fresh in the result)
     _        one axis that the op fixes
 
-Operands that stand together are multiplied; `+` starts a term that is added; operands after `;` scale or shift by statistics and have no say
-in whether the result vanishes. A letter that is missing from the result is contracted (summed over). Several results are separated by `,`.
+Operands that stand together are multiplied; `+` starts a term that is added; operands after `;` scale or shift by statistics and have no
+say in whether the result vanishes. A letter that is missing from the result is contracted (summed over). Several results are separated by
+`,`.
 """
 
 from __future__ import annotations

@@ -37,9 +37,13 @@ class Cut:
                 raise InvalidInput(f"the plan removes units of group {name!r}, which this network does not have")
             group = analysis.by_name[name]
             if units[0] < 0 or units[-1] >= group.size:
-                raise InvalidInput(f"group {name!r} has units 0..{group.size - 1}, the plan removes {units[-1] if units[0] >= 0 else units[0]}")
+                raise InvalidInput(
+                    f"group {name!r} has units 0..{group.size - 1}, the plan removes {units[-1] if units[0] >= 0 else units[0]}"
+                )
             if group.size - len(units) < group.min_keep:
-                raise InvalidInput(f"group {name!r} must keep {group.min_keep} of {group.size} units, the plan keeps {group.size - len(units)}")
+                raise InvalidInput(
+                    f"group {name!r} must keep {group.min_keep} of {group.size} units, the plan keeps {group.size - len(units)}"
+                )
             if isinstance(group.atom, Branch):
                 self.bypassed[group.atom.join] = group.atom
                 continue
@@ -59,7 +63,9 @@ class Cut:
         return self._masks[key]
 
     def keep(self, value: Value, axis: int, node: Node | None = None) -> np.ndarray | None:
-        """Kept positions (int64, sorted) of one axis, or None when nothing is removed. A constant is cut per use: name the `node` that reads it."""
+        """Kept positions (int64, sorted) of one axis, or None when nothing is removed. A constant is cut per use: name the `node` that
+        reads it.
+        """
         dims = self.analysis.axes(value, node)
         if not dims:
             return None

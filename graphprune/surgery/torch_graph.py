@@ -1,6 +1,8 @@
-"""Applies a cut to an exported graph: slices weights and recomputes literals. The edited graph is right by construction and is the reference for write-back.
+"""Applies a cut to an exported graph: slices weights and recomputes literals. The edited graph is right by construction and is the
+reference for write-back.
 
-Literals are never patched: each is recomputed from what the algebra says of the node's operands and results after the cut. One row per op that has any.
+Literals are never patched: each is recomputed from what the algebra says of the node's operands and results after the cut. One row per op
+that has any.
 """
 
 from __future__ import annotations
@@ -114,7 +116,11 @@ def sliced_weights(program: Program, cut: Cut) -> dict[Value, torch.Tensor]:
             with torch.no_grad():
                 for axis, keep in keeps.items():
                     tensor = tensor.index_select(axis, torch.from_numpy(keep).to(tensor.device))
-                if value.tensor.dim() == 4 and value.tensor.is_contiguous(memory_format=torch.channels_last) and not value.tensor.is_contiguous():  # type: ignore[union-attr]
+                if (
+                    value.tensor.dim() == 4
+                    and value.tensor.is_contiguous(memory_format=torch.channels_last)
+                    and not value.tensor.is_contiguous()
+                ):  # type: ignore[union-attr]
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
             if isinstance(value.tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=value.tensor.requires_grad)
@@ -219,7 +225,9 @@ def _slice_scatter(node: Node, cut: Cut) -> Edit:
 
 
 def _taken(node: Node, cut: Cut) -> tuple[Value, int, np.ndarray | None, dict[str, int] | None]:
-    """Operand and axis of a slice, which of the kept positions it takes (None: nothing is removed), and its bounds where they are evenly spaced."""
+    """Operand and axis of a slice, which of the kept positions it takes (None: nothing is removed), and its bounds where they are evenly
+    spaced.
+    """
     x, dim = node["self"], node["dim"] % len(node["self"].shape)
     keep = cut.keep(x, dim, node)
     if keep is None:
@@ -341,7 +349,19 @@ LITERALS: Mapping[str, Callable[[Node, Cut], Edit]] = {
     "reshape": _target_shape("shape"),
     "broadcast_to": _target_shape("size"),
     "unflatten": _unflatten,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "split_with_sizes_copy"), _split),
+    **dict.fromkeys(
+        (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "tensor_split",
+            "unsafe_split",
+            "unsafe_split_with_sizes",
+            "unsafe_chunk",
+            "split_with_sizes_copy",
+        ),
+        _split,
+    ),
     **dict.fromkeys(("slice", "narrow", "narrow_copy"), _slice),
     "slice_scatter": _slice_scatter,
     "index": _index,

@@ -1,7 +1,7 @@
 """The proof that comes with every result: the pruned network is the masked network.
 
-Both are run on random inputs, in float64 where affordable. The error is measured against the scale of the masked output and against a noise floor (the effect of a
-relative perturbation of 2e-16 of every weight); a cut that does not move the output is `not tested`, never passed.
+Both are run on random inputs, in float64 where affordable. The error is measured against the scale of the masked output and against a noise
+floor (the effect of a relative perturbation of 2e-16 of every weight); a cut that does not move the output is `not tested`, never passed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Certificate:
         return self.status == "passed"
 
     def __str__(self) -> str:
-        return f"{self.status}: error {self.error:.1e} (tolerance {self.tolerance:.1e}), effect of the cut {self.effect:.1e}, {self.groups} groups, {self.dtype}, {len(self.seeds)} inputs"
+        errors = f"error {self.error:.1e} (tolerance {self.tolerance:.1e}), effect of the cut {self.effect:.1e}"
+        return f"{self.status}: {errors}, {self.groups} groups, {self.dtype}, {len(self.seeds)} inputs"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -61,7 +62,11 @@ def random_inputs(program: Program, seed: int) -> list[Any]:
         if not isinstance(x, torch.Tensor) or x.numel() == 0:
             out.append(x)
         elif x.is_floating_point():
-            out.append((torch.randn(x.shape, generator=generator, dtype=torch.float64) * float(x.double().std(correction=0).clamp_min(0.1))).to(x.device))
+            out.append(
+                (torch.randn(x.shape, generator=generator, dtype=torch.float64) * float(x.double().std(correction=0).clamp_min(0.1))).to(
+                    x.device
+                )
+            )
         elif x.dtype == torch.bool or x.dim() == 0:
             out.append(x)
         else:
@@ -90,7 +95,16 @@ def distance(a: Sequence[Any], b: Sequence[Any]) -> float:
     return worst if pairs else float("nan")
 
 
-def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int] = (0, 1, 2), dtype: torch.dtype = torch.float64, plan_hash: str = "", seconds: float = float("inf")) -> Certificate:
+def certify(
+    program: Program,
+    pruned: Program,
+    cut: Cut,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    dtype: torch.dtype = torch.float64,
+    plan_hash: str = "",
+    seconds: float = float("inf"),
+) -> Certificate:
     """Compare the pruned program with the masked original on several random inputs; after `seconds` no further input is begun."""
     error = floor = effect = 0.0
     start = time.perf_counter()
@@ -118,7 +132,19 @@ def certify(program: Program, pruned: Program, cut: Cut, *, seeds: Sequence[int]
         status = "passed"
     groups = [cut.analysis.by_name[name] for name in cut.removed]
     notes = tuple(f"wrong on its own: {name}" for name in blame(program, cut, dtype)) if status == "failed" else ()
-    return Certificate(status, error, tolerance, floor, effect, str(dtype).removeprefix("torch."), tuple(done), len(groups), all(g.exact.value == "exact" for g in groups), plan_hash, notes)
+    return Certificate(
+        status,
+        error,
+        tolerance,
+        floor,
+        effect,
+        str(dtype).removeprefix("torch."),
+        tuple(done),
+        len(groups),
+        all(g.exact.value == "exact" for g in groups),
+        plan_hash,
+        notes,
+    )
 
 
 def _shaken(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -151,7 +177,8 @@ def blame(program: Program, cut: Cut, dtype: torch.dtype = torch.float64, limit:
 
 
 def shifted_control(program: Program, pruned: Program, cut: Cut, dtype: torch.dtype = torch.float64, tries: int = 5) -> float:
-    """The negative control: the error after one member's kept positions move by one. It must be far above the tolerance, or the certificate proves nothing.
+    """The negative control: the error after one member's kept positions move by one. It must be far above the tolerance, or the certificate
+    proves nothing.
 
     Returns the largest error of `tries` members; nan when no member can be shifted.
     """
