@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from graphprune.errors import InvalidInput, MissingExtra
 from graphprune.files import PathLike
+from graphprune.measure import interleaved, threads
 from graphprune.report import Latency, tables
 
 
@@ -49,23 +49,17 @@ def compare(calls: Sequence[Callable[[], Any]], names: tuple[str, str], device: 
     """
     if seconds <= 0:
         raise InvalidInput(f"the time to measure must be positive, found {seconds} s")
-    before, after = times = ([], [])  # type: tuple[list[float], list[float]]
-    for call in calls:
-        call()  # warms caches and allocators
-    end = time.perf_counter() + seconds
-    while len(before) < 5 or time.perf_counter() < end:
-        for index in (0, 1) if len(before) % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            calls[index]()
-            times[index].append(1e3 * (time.perf_counter() - start))
-    low, middle, high = np.quantile(np.array(before) / np.array(after), (0.25, 0.5, 0.75))
-    a, b = (_latency(it, device, backend) for it in times)
-    return Comparison(names, a, b, float(middle), float(low), float(high), len(before))
+    found = interleaved(dict(zip(("before", "after"), calls)), warmup=1, repeats=5, seconds=seconds)
+    before, after = (np.array(found[name].times) for name in ("before", "after"))
+    middle, low, high = _quartiles(before / after)
+    times = [Latency(*_quartiles(ms), device, backend) for ms in (before, after)]
+    return Comparison(names, times[0], times[1], middle, low, high, len(before))
 
 
-def _latency(ms: Sequence[float], device: str, backend: str) -> Latency:
-    low, middle, high = (float(q) for q in np.quantile(ms, (0.25, 0.5, 0.75)))
-    return Latency(middle, low, high, device, backend)
+def _quartiles(values: np.ndarray) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    middle, low, high = (float(q) for q in np.quantile(values, (0.5, 0.25, 0.75)))
+    return middle, low, high
 
 
 def onnx_call(path: PathLike, feeds: Mapping[str, np.ndarray], threads: int = 1) -> Callable[[], Any]:
@@ -79,7 +73,14 @@ def onnx_call(path: PathLike, feeds: Mapping[str, np.ndarray], threads: int = 1)
     wanted = {it.name for it in session.get_inputs()}
     if set(feeds) != wanted:
         raise InvalidInput(f"{path} takes inputs {', '.join(sorted(wanted))}; found {', '.join(sorted(feeds)) or 'none'}")
-    return lambda: session.run(None, dict(feeds))
+
+    def call() -> Any:
+        try:
+            return session.run(None, dict(feeds))
+        except Exception as error:  # its exceptions share no base of their own
+            raise InvalidInput(f"ONNX Runtime cannot run {Path(path).name} on these inputs: {str(error).strip().splitlines()[0]}") from None
+
+    return call
 
 
 def onnx_session(path: PathLike, threads: int = 1) -> Any:
@@ -109,20 +110,20 @@ def module_call(module: Callable[..., Any], args: Sequence[Any] = (), kwargs: Ma
     return call
 
 
-def compare_models(a: Any, b: Any, names: tuple[str, str], threads: int = 1, seconds: float = 5.0) -> Comparison:
-    """Time two ONNX files by ONNX Runtime, or two modules by PyTorch, on the example inputs of the first."""
+def compare_models(a: Any, b: Any, names: tuple[str, str], count: int = 1, seconds: float = 5.0) -> Comparison:
+    """Time two ONNX files by ONNX Runtime, or two modules by PyTorch, on `count` threads and the example inputs of the first."""
     from graphprune.api import capture
 
     program = capture(a)
     if isinstance(a, os.PathLike):
         feeds = {value.name: np.asarray(x) for value, x in zip(program.inputs, program.example_inputs)}
-        calls, backend = [onnx_call(path, feeds, threads) for path in (a, b)], "onnxruntime"
-        return compare(calls, names, f"cpu, {threads} thread" + "s" * (threads > 1), backend, seconds)
-    source, before = program.source, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        device = str(next(a.parameters()).device)
-        where = f"cpu, {threads} thread" + "s" * (threads > 1) if device == "cpu" else device
+        calls, backend = [onnx_call(path, feeds, count) for path in (a, b)], "onnxruntime"
+        return compare(calls, names, f"cpu, {_threads(count)}", backend, seconds)
+    source, device = program.source, str(next(a.parameters()).device)
+    where = f"cpu, {_threads(count)}" if device == "cpu" else device
+    with threads(count):
         return compare([module_call(m, source.args, source.kwargs) for m in (a, b)], names, where, "torch", seconds)
-    finally:
-        torch.set_num_threads(before)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"

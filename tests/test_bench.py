@@ -41,6 +41,8 @@ def test_onnx_call_runs_the_file_and_checks_input_names(tmp_path):
     path = onnx_file(tmp_path / "a.onnx")
     (y,) = bench.onnx_call(path, {"x": np.ones((1, 3), np.float32)})()
     assert y.shape == (1, 2)
+    with pytest.raises(InvalidInput, match=r"cannot run a\.onnx on these inputs"):
+        bench.onnx_call(path, {"x": np.ones((1, 5), np.float32)})()
     with pytest.raises(InvalidInput, match="takes inputs x; found z"):
         bench.onnx_call(path, {"z": np.ones((1, 3), np.float32)})
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
