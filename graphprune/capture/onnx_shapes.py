@@ -426,7 +426,7 @@ def _second(
     def grown(size: int) -> list[int]:
         return [size + 1] if size < 4 else list(dict.fromkeys((size * 3 // 2, size * 2, size + 1)))
 
-    for step in range(2):  # one more than before comes last, size by size: 65 // 8 is 64 // 8, and what is equal in both runs is taken for fixed
+    for step in range(2):  # growing by one comes last, size by size: 65 // 8 is 64 // 8, and what is equal in both runs counts as fixed
         run = attempt({name: grown(sizes[name])[min(step, len(grown(sizes[name])) - 1)] for name in names}) if names else None
         if run is not None:
             return run
