@@ -274,3 +274,31 @@ def test_quantized_graphs_are_captured_and_run():
     program = capture_onnx(model)
     assert len(program.nodes) == 4
     agree(model, program)
+
+
+def test_tables_and_fills_that_several_nodes_read_tie_nothing():
+    """One table for two layers, one initial value for two norms: the layers keep groups of their own."""
+    ones = numpy_helper.from_array(np.ones(8, np.float32), "ones")
+    nodes = []
+    for i, (x, y) in enumerate((("x", "m"), ("m", "y"))):
+        nodes += [
+            helper.make_node("MatMul", [x, f"up{i}"], [f"h{i}"]),
+            helper.make_node("Mul", [f"h{i}", "ones"], [f"s{i}"]),
+            helper.make_node("Add", [f"s{i}", "table"], [f"t{i}"]),
+            helper.make_node("MatMul", [f"t{i}", f"down{i}"], [y]),
+        ]
+    weights = [weight(f"{n}{i}", *shape) for i in (0, 1) for n, shape in (("up", (4, 8)), ("down", (8, 4)))]
+    model = build(nodes, [info("x", [3, 4])], [info("y", [3, 4])], [*weights, ones, weight("table", 3, 8)])
+    program = capture_onnx(model)
+    assert set(program.weights) == {"up0", "up1", "down0", "down1"}
+    assert [(g.name, g.size) for g in program.groups if g.size == 8] == [("up0:neuron", 8), ("up1:neuron", 8)]
+
+
+def test_weights_without_a_name_are_called_after_their_module():
+    nodes = [
+        helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["h"], name="/layers/layers.0/up/MatMul"),
+        helper.make_node("Add", ["h", "12"], ["a"], name="/layers/layers.0/up/Add"),
+        helper.make_node("MatMul", ["a", "mine"], ["y"], name="/layers/layers.0/down/MatMul"),
+    ]
+    model = build(nodes, [info("x", ["n", 4])], [info("y", None)], [weight("onnx::MatMul_7", 4, 8), weight("12", 8), weight("mine", 8, 4)])
+    assert set(capture_onnx(model).weights) == {"layers.0.up.weight", "layers.0.up.bias", "mine"}

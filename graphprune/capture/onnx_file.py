@@ -324,7 +324,7 @@ def _settle_kinds(reader: _Reader, nodes: Sequence[Node]) -> None:
     """Float tensors that only say how (Resize's scales, a Pad's fill) are constants, whatever their size.
 
     So are tables that several nodes add or multiply (rotary angles, ALiBi, masks): each use may be cut by itself, or one table would tie
-    the heads of all layers.
+    the heads of all layers. And so is one number repeated, which exporters store once for all the norms and biases that start with it.
     """
     uses: dict[Value, list[Node]] = {}
     for node in _walk(nodes):
@@ -335,8 +335,12 @@ def _settle_kinds(reader: _Reader, nodes: Sequence[Node]) -> None:
             continue
         read = uses.get(value, [])
         table = len(read) > 1 and sum(size > 1 for size in value.shape or ()) > 1 and all(n.op_type in _ELEMENTWISE for n in read)
-        if table or reader.literal_uses.get(value, False):
+        if table or (len(read) > 1 and _is_fill(value.tensor)) or reader.literal_uses.get(value, False):
             value.kind = Kind.CONSTANT
+
+
+def _is_fill(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 _MADE_UP = re.compile(r"val_\d+|onnx::\w+|\d+|\w*Constant\w*|/.*Constant.*_output_\d+")  # names that exporters give to what has none
