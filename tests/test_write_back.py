@@ -1,4 +1,6 @@
-"""The pruned network as the user's own module: right, the same class and names, sharing what was not cut; and the edited graph where that cannot be."""
+"""The pruned network as the user's own module: right, the same class and names, sharing what was not cut; and the edited graph where
+that cannot be.
+"""
 
 import copy
 import random
@@ -121,7 +123,7 @@ def net(*body: nn.Module) -> tuple[nn.Module, Tensor]:
 def test_the_run_decides_between_equal_sizes() -> None:
     with seeded(0):
         module, x = net(Attention(), Attention())
-    result, program, _, pruned = written(module, (x,), units=("head",))
+    result, _, _, pruned = written(module, (x,), units=("head",))
     assert result.how == "module" and not result.substitutes
     for layer in result.module.body:
         assert (layer.a, layer.b, layer.scale) == (3, 4, 0.5)
@@ -245,7 +247,7 @@ def test_what_the_user_set_stays() -> None:
 
 def test_tied_stay_tied() -> None:
     case = TINY["tied"]()
-    result, program, *_ = written(case.module, case.args, units=("neuron", "head", "hidden"))
+    result, *_ = written(case.module, case.args, units=("neuron", "head", "hidden"))
     assert result.module.lm_head.weight is result.module.embed.weight
     assert result.module.embed.embedding_dim == result.module.lm_head.in_features == result.module.embed.weight.shape[1] < 44
 
@@ -339,7 +341,7 @@ def test_fewer_heads_in_torchs_encoder(norm_first: bool) -> None:
         layer = nn.TransformerEncoderLayer(24, 4, 50, batch_first=True, norm_first=norm_first)
         module, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 5, 24)
         randomise(module, 0)
-    result, program, _, pruned = written(module, (x,), units=("head", "neuron"))
+    result, _, _, pruned = written(module, (x,), units=("head", "neuron"))
     assert result.how == "module" and set(result.substitutes.values()) == {"table"}
     attention = result.module.layers[0].self_attn
     assert attention.num_heads == 3 and attention.in_proj_weight.shape == (54, 24) and attention.head_dim == 6
@@ -370,7 +372,7 @@ DECODERS = {
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_generate_with_a_cache(name: str) -> None:
     module, ids = decoder(name, **DECODERS[name])
-    result, program, cut, _ = written(module, (), input_ids=ids, use_cache=False)
+    result, *_ = written(module, (), input_ids=ids, use_cache=False)
     assert result.how == "module" and not result.substitutes and not result.notes
     assert cached_decoding_error(result.module, ids) == ""
     first = result.module.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)

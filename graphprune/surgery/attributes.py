@@ -1,7 +1,9 @@
 """Which attributes of a module hold a size that a cut changed, and what they become.
 
-Attributes of torch's own layers follow from their new weights. Any other integer is compared with the sizes that the algebra knows of where the module's nodes run: an
-axis of width `kv * head * head_dim` gives a size for every run of its factors. An integer that equals several of them has several choices, the likeliest first; running
+Attributes of torch's own layers follow from their new weights. Any other integer is compared with the sizes that the algebra knows of
+where the module's nodes run: an
+axis of width `kv * head * head_dim` gives a size for every run of its factors. An integer that equals several of them has several
+choices, the likeliest first; running
 the module decides.
 """
 
@@ -87,7 +89,8 @@ def _prelu(m: Any, site: Site) -> dict[str, Size]:
 
 
 def _rnn(m: Any, site: Site) -> dict[str, Size]:
-    return {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // (m.weight_ih_l0.shape[0] // m.weight_hh_l0.shape[1])}
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    return {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
 
 
 def _conv1d(m: Any, site: Site) -> dict[str, Size]:
@@ -124,8 +127,7 @@ def layer_edits(root: nn.Module, pruned: Program, keeps: Mapping[str, Mapping[in
         nodes.setdefault(scope_of(node), []).append(node)
     for path, module in root.named_modules(remove_duplicate=False):
         rule = known(module)
-        weights = dict(module.named_parameters(recurse=False))
-        if rule is None or isinstance(weights.get("weight"), nn.parameter.UninitializedParameter) or "weight" in getattr(module, "parametrizations", ()):
+        if rule is None:
             continue
         for attribute, new in rule(module, Site(path, tuple(nodes.get(path, ())), keeps)).items():
             old = getattr(module, attribute, None)
@@ -183,7 +185,7 @@ def ancestors(path: str) -> Iterator[str]:
 _NAMES = (
     (re.compile(r"expert"), ("expert",)),
     (re.compile(r"kv|key_value"), ("kv_group", "head")),
-    (re.compile(r"heads|n_head$|num_head$|groups|attn_dim|qkv|all_head|split_size"), ("head", "kv_group", "ssm_head")),
+    (re.compile(r"heads|n_head$|num_head$|groups|attn_dim|(key|value|conv)_dim|qkv|all_head|split_size"), ("head", "kv_group", "ssm_head")),
     (re.compile(r"head_(dim|size)|d_head|d_kv|v_dim|qk_"), ("head_dim",)),
     (re.compile(r"state"), ("ssm_state",)),
     (re.compile(r"inter|inner|ffn|mlp|d_ff|hidden_(dim|features)"), ("neuron", "channel", "head", "ssm_head")),
@@ -192,7 +194,7 @@ _NAMES = (
 )
 
 
-_NO_SIZE = re.compile(r"token|layers$|(^|_)(id|ids|idx|index|seed|version)$|layer_id|window|top_k$|topk$")
+_NO_SIZE = re.compile(r"token|layers$|(^|_)(id|ids|idx|index|seed|version)$|layer_id|window|top_?k")
 
 
 def _fit(attribute: str, label: Label) -> int:
@@ -262,7 +264,9 @@ class Sizes:
                     yield Choice(path, attribute, old, options, (type(module).__qualname__, attribute, old))
 
     def _options(self, name: str, in_config: bool, old: int, own: Counter, below: Counter) -> tuple[tuple[int, Label], ...]:
-        """New sizes, the likeliest first. Nothing changes at first unless the name speaks of it or, outside of configs, the module's own nodes do."""
+        """New sizes, the likeliest first. Nothing changes at first unless the name speaks of it or, outside of configs, the module's
+        own nodes do.
+        """
         seen: Counter[tuple[int, Label]] = Counter()
         here: Counter[tuple[int, Label]] = Counter()
         for size, new, label in below:
@@ -314,4 +318,5 @@ def _items(name: str, sequence: Any) -> Iterator[tuple[str, int]]:
 
 
 def _is_config(name: str, held: Any) -> bool:
-    return hasattr(held, "__dict__") and not isinstance(held, (nn.Module, torch.Tensor, type)) and not callable(held) and ("config" in name.lower() or "Config" in type(held).__name__ or "args" == name)
+    named = "config" in name.lower() or "Config" in type(held).__name__ or name == "args"
+    return named and hasattr(held, "__dict__") and not isinstance(held, (nn.Module, torch.Tensor, type)) and not callable(held)

@@ -1,4 +1,6 @@
-"""The config of a pruned Hugging Face model: what `from_pretrained` builds from it is the pruned model, or it says that no single config describes it."""
+"""The config of a pruned Hugging Face model: what `from_pretrained` builds from it is the pruned model, or it says that no single
+config describes it.
+"""
 
 from __future__ import annotations
 

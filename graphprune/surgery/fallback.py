@@ -1,6 +1,8 @@
-"""An edited graph as a module: where attributes cannot express a cut, the module (or the whole network) runs the graph instead of its own Python code.
+"""An edited graph as a module: where attributes cannot express a cut, the module (or the whole network) runs the graph instead of its own
+Python code.
 
-It keeps the sub-modules, parameters and buffers of the module whose place it takes, under their names. The export was made in evaluation mode; here every dropout and batch norm
+It keeps the sub-modules, parameters and buffers of the module whose place it takes, under their names. The export was made in evaluation
+mode; here every dropout and batch norm
 follows the `training` flag of the module it came from.
 """
 
@@ -31,7 +33,13 @@ from graphprune.verify.certificate import distance
 
 log = logging.getLogger("graphprune")
 
-_TRAINING_ARGUMENT = {"batch_norm": "training", "instance_norm": "use_input_stats", **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), "train"), "rrelu": "training"}
+_TRAINING_ARGUMENT = {  # op -> its argument that says whether the module trains
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+    "rrelu": "training",
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"), "train"),
+}
+_ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range")  # of sizes before the cut
 
 
 class EditedGraph(nn.Module):
@@ -60,7 +68,8 @@ class EditedGraph(nn.Module):
         self._names, captured = _arranged(self._signature, source.args, source.kwargs)
         self._captured, self._in_spec = pytree.tree_flatten(captured)
         self._captured = [_kind(leaf) for leaf in self._captured]
-        self._literals = {n: v for n, v in zip(self._names, captured) if not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(v))}
+        tensors = {n for n, v in zip(self._names, captured) if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(v))}
+        self._literals = {n: v for n, v in zip(self._names, captured) if n not in tensors}
         self._out_spec = source.graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
         self._graph = self._owned(source.graph_module, pruned, selections or {})
         self._compile()
@@ -69,10 +78,12 @@ class EditedGraph(nn.Module):
         """The graph with this module as owner: constants become buffers that are not saved, mode flags are read when it runs."""
         programmed = {node.source: node for node in pruned.nodes}
         modules = dict(self.named_modules(remove_duplicate=False))
-        graph, env, constants = fx.Graph(), {}, {}
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        constants: dict[Any, str] = {}
         for old in graph_module.graph.nodes:
-            if old.op == "call_function" and getattr(old.target, "__name__", "").startswith(("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range")):
-                continue  # about sizes before the cut
+            if old.op == "call_function" and getattr(old.target, "__name__", "").startswith(_ASSERTIONS):
+                continue
             new = env[old] = graph.node_copy(old, lambda n: env[n])
             new.meta = {}
             if old.op == "get_attr":
@@ -88,21 +99,23 @@ class EditedGraph(nn.Module):
     def _select(self, graph: fx.Graph, selections: Mapping[int, Mapping[int, np.ndarray]]) -> None:
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         for i, keeps in selections.items():
-            value = inputs[i]
+            value, made = inputs[i], set()
             for axis, keep in keeps.items():
                 self.register_buffer(name := f"_kept_input_{i}_{axis}", torch.from_numpy(keep).to(self._device()), persistent=False)
                 with graph.inserting_after(inputs[-1]):
                     positions = graph.get_attr(name)
                 with graph.inserting_after(positions):
                     value = graph.call_function(torch.ops.aten.index_select.default, (value, axis, positions))
-            inputs[i].replace_all_uses_with(value, delete_user_cb=lambda user, own=inputs[i]: user.target is not torch.ops.aten.index_select.default or user.args[0] is not own or not str(user.args[2]).startswith("_kept_input"))
+                    made.add(value)
+            inputs[i].replace_all_uses_with(value, delete_user_cb=lambda user, made=made: user not in made)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _adopt(self, graph_module: fx.GraphModule, name: str, count: int) -> str:
         found, mine = attribute_of(graph_module, name), attribute_of(self, name)
-        if isinstance(mine, torch.Tensor) and isinstance(found, torch.Tensor) and mine.shape == found.shape and not name.startswith(("_kept_", "lifted_tensor", "_lifted")):
+        ours = isinstance(mine, torch.Tensor) and isinstance(found, torch.Tensor) and mine.shape == found.shape
+        if ours and not name.startswith(("_kept_", "lifted_tensor", "_lifted")):
             return name
         fresh = f"_constant_{count}"
         if isinstance(found, torch.Tensor):
@@ -115,7 +128,7 @@ class EditedGraph(nn.Module):
         path = next((p for p in (scope_of(node),) if p in modules), "")
         flag = f"{path}.training" if path else "training"
         argument = _TRAINING_ARGUMENT.get(node.op_type)
-        if argument in node.args and not (node.op_type == "batch_norm" and node["running_mean"] is None):
+        if argument is not None and argument in node.args and not (node.op_type == "batch_norm" and node["running_mean"] is None):
             with graph.inserting_before(new):
                 _set(new, argument, graph.get_attr(flag))
         elif node.op_type == "scaled_dot_product_attention" and not node["dropout_p"]:
@@ -145,18 +158,20 @@ class EditedGraph(nn.Module):
         given = dict(zip(names, values))
         extra = [n for n, v in given.items() if n not in self._names and v is not None and not _is_default(self._signature, n, v)]
         if extra:
-            raise InvalidInput(f"the graph of {self.original} was captured without the argument {extra[0]!r}; capture it with an example of it")
-        wanted = [self._literals[n] if given.get(n) is None and n in self._literals else given.get(n, _default(self._signature, n)) for n in self._names]
+            raise InvalidInput(f"the graph of {self.original} was captured without the argument {extra[0]!r}; give one when capturing")
+        open_names = [n for n in self._names if given.get(n) is None]
+        given |= {n: self._literals.get(n, _default(self._signature, n)) for n in open_names}
+        wanted = [given[n] for n in self._names]
         leaves, spec = pytree.tree_flatten(wanted)
         if spec != self._in_spec or [_kind(leaf) for leaf in leaves] != self._captured:
-            expected = ", ".join(f"{name}: {_kinds(value)}" for name, value in zip(self._names, pytree.tree_unflatten(self._captured, self._in_spec)))
-            found = ", ".join(f"{name}: {_kinds(pytree.tree_map(_kind, value))}" for name, value in zip(self._names, wanted))
+            expected = _described(self._names, pytree.tree_unflatten(self._captured, self._in_spec))
+            found = _described(self._names, pytree.tree_map(_kind, wanted))
             raise InvalidInput(f"the graph of {self.original} was captured with the arguments {expected}; found {found}")
         if self.training:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.num_batches_tracked is not None:
                     module.num_batches_tracked.add_(1)
-        return pytree.tree_unflatten(self._run(self, *leaves), self._out_spec)
+        return pytree.tree_unflatten(self.__dict__["_run"](self, *leaves), self._out_spec)
 
     def extra_repr(self) -> str:
         return f"edited graph of {self.original}, {len(self._graph.nodes)} nodes"
@@ -167,8 +182,8 @@ def _kind(leaf: Any) -> Any:
     return "tensor" if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _kinds(tree: Any) -> str:
-    return str(tree).replace("'", "")
+def _described(names: Sequence[str], kinds: Sequence[Any]) -> str:
+    return ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds)).replace("'", "")
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
@@ -219,7 +234,8 @@ def _default(signature: inspect.Signature, name: str) -> Any:
 
 def _is_default(signature: inspect.Signature, name: str, value: Any) -> bool:
     default = _default(signature, name)
-    return value is default or (isinstance(value, (bool, int, str, float)) and value == default) or (name == "return_dict" and value is True)
+    plain = isinstance(value, (bool, int, str, float))
+    return value is default or (plain and value == default) or (name == "return_dict" and value is True)
 
 
 # ---- graphs for other input shapes
@@ -228,7 +244,7 @@ GIVING_UP = (GraphPruneError, RuntimeError, ValueError, TypeError, KeyError, Ass
 
 # which axes of the inputs are left open, the freest first; the export closes those that the code fixes
 FREEDOMS: Mapping[str, Callable[[torch.Tensor, int], Iterable[int]]] = {
-    "any batch size and length": lambda x, length: (a for a in range(x.dim()) if a == 0 or (x.shape[a] == length and not (a == x.dim() - 1 == 2))),
+    "any batch size and length": lambda x, length: (a for a, n in enumerate(x.shape) if a == 0 or (n == length and (a, x.dim()) != (2, 3))),
     "any batch size": lambda x, length: range(min(1, x.dim())),
     "input sizes as captured": lambda x, length: (),
 }
@@ -236,8 +252,8 @@ FREEDOMS: Mapping[str, Callable[[torch.Tensor, int], Iterable[int]]] = {
 
 def _length(inputs: Sequence[Any]) -> int:
     """The length of the sequences among flat inputs: token ids (batch, length) or features (batch, length, width); 0 if there are none."""
-    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-    return next((x.shape[1] for x in tensors if (x.dim() == 2 and not x.is_floating_point()) or (x.dim() == 3 and x.is_floating_point())), 0)
+    sequences = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == (3 if x.is_floating_point() else 2)]
+    return sequences[0].shape[1] if sequences else 0
 
 
 def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program, deadline: float = math.inf) -> tuple[EditedGraph, str]:
@@ -280,7 +296,8 @@ def edited_submodule(
 
     Args:
         other: the sub-module before the cut, captured by itself.
-        arriving: its flat arguments in the pruned network, where what does not come from weights may have its old size; None where the network does not run that far.
+        arriving: its flat arguments in the pruned network, where what does not come from weights may have its old size; None where the
+            network does not run that far.
         shell: the same sub-module of the pruned network.
         selected: flat input -> axes that arrive with their old size; taken from a module like this one where `arriving` is None.
 
@@ -321,7 +338,8 @@ def open_shapes(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         return None
 
     def spec(leaf: Any) -> Any:
-        return {a: torch.export.Dim.AUTO for a in axes(leaf, length) if leaf.shape[a] > 1} or None if isinstance(leaf, torch.Tensor) else None
+        free = [a for a in axes(leaf, length) if leaf.shape[a] > 1] if isinstance(leaf, torch.Tensor) else []
+        return dict.fromkeys(free, torch.export.Dim.AUTO) or None
 
     specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
     extra = {n: s for n, s in specs.items() if n not in signature.parameters}
@@ -375,6 +393,7 @@ def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") ->
             continue  # a constant of the whole graph
         for axis in range(len(value.shape or ())):
             ours, theirs = new.keep(value, axis), kept(name, axis)
-            if (ours is None) != (theirs is None) or (ours is not None and theirs is not None and not np.array_equal(ours, np.flatnonzero(theirs))):
+            expected = None if theirs is None else np.flatnonzero(theirs)
+            if (ours is None) != (expected is None) or (ours is not None and expected is not None and not np.array_equal(ours, expected)):
                 raise InvalidInput(f"the graph of the sub-module cuts axis {axis} of {name!r} in another way than the whole graph")
     return new

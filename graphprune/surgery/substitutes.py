@@ -1,6 +1,7 @@
 """Modules that take the place of others whose Python code cannot express a cut, with the same parameter names.
 
-`nn.MultiheadAttention` insists on `num_heads * head_dim == embed_dim`; with fewer heads `in_proj_weight` has `3 * num_heads * head_dim` rows and `out_proj` as many columns.
+`nn.MultiheadAttention` insists on `num_heads * head_dim == embed_dim`; with fewer heads `in_proj_weight` has `3 * num_heads * head_dim`
+rows and `out_proj` as many columns.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        weights = self.in_proj_weight.chunk(3) if self.in_proj_weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        apart = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        weights = self.in_proj_weight.chunk(3) if self.in_proj_weight is not None else apart
         biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat([x, b.expand(x.shape[0], 1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], 1) for x in (k, v))

@@ -1,7 +1,9 @@
 """From the edited graph back to the user's own module.
 
-In this order: weights by name and the attributes of torch's own layers; integers that hold an old size (`attributes`); modules that take another's place (`substitutes`); a module that runs its own piece of the
-edited graph (`fallback`). Each step is decided by running the module against the edited graph, layer by layer: the first layer that computes something else names the module to look at. Where nothing helps, the
+In this order: weights by name and the attributes of torch's own layers; integers that hold an old size (`attributes`); modules that take
+another's place (`substitutes`); a module that runs its own piece of the
+edited graph (`fallback`). Each step is decided by running the module against the edited graph, layer by layer: the first layer that
+computes something else names the module to look at. Where nothing helps, the
 result is the edited graph itself.
 """
 
@@ -11,7 +13,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +33,10 @@ from graphprune.verify.module import Failure, Reference
 log = logging.getLogger("graphprune")
 
 MAX_RUNS = 150  # forward runs of the search
-MAX_SECONDS = 30.0  # of processor time
-MAX_WAIT = 60.0  # by the clock
+MAX_SECONDS = 15.0  # of processor time
+MAX_WAIT = 40.0  # by the clock
+
+Replaced = list[tuple[str, nn.Module]]  # path and former module
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,24 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
 
 def named_replacements(program: Program, pruned: Program) -> dict[str, torch.Tensor]:
     """Every name of a weight that was cut -> its new tensor, names of tied weights included."""
-    new = {name: pruned.weights[name].tensor for name, value in program.weights.items() if name in pruned.weights and pruned.weights[name].tensor is not value.tensor}
-    named = dict(itertools.chain(program.source.module.named_parameters(remove_duplicate=False), program.source.module.named_buffers(remove_duplicate=False)))
-    by_id: dict[int, torch.Tensor] = {id(named[n]): t for n, t in new.items() if n in named}  # type: ignore[misc]
-    for alias, name in program.aliases.items():
-        if alias in named and name in new:
-            by_id[id(named[alias])] = new[name]  # type: ignore[assignment]
+    named = dict(_tensors(program.source.module))
+    by_id: dict[int, torch.Tensor] = {}
+    for alias, name in (*((name, name) for name in program.weights), *program.aliases.items()):
+        new = pruned.weights[name].tensor if name in pruned.weights else None
+        if alias in named and new is not None and new is not program.weights[name].tensor:
+            by_id[id(named[alias])] = new
     return {name: by_id[id(tensor)] for name, tensor in named.items() if id(tensor) in by_id}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under every name that they have."""
+    return itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
 
 
 def copied(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy with some weights replaced wherever they are referred to; all other tensors are shared."""
     memo: dict[int, Any] = {}
-    for name, tensor in itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+    for name, tensor in _tensors(module):
         memo[id(tensor)] = replacements.get(name, tensor)
     for part in module.modules():
         for held in vars(part).values():
@@ -116,7 +125,8 @@ class _Search:
         for edit in self.layer_edits:
             self.workspace.set(edit.path, edit.attribute, edit.new)
         self.choices = list(Sizes(self.program, self.cut).choices(self.module))
-        self.computing = {scope_of(node) for node in self.program.walk() if self.cut.touches(node)} - {""}  # modules whose own code meets the cut
+        # modules whose own code meets the cut
+        self.computing = {scope_of(node) for node in self.program.walk() if self.cut.touches(node)} - {""}
         for choice in self.choices:
             self._set(choice)
         self._table_substitutes()
@@ -170,13 +180,15 @@ class _Search:
     def _improved(self, failure: Failure) -> Failure | None:
         """The failure after the best single change, which comes later in the graph; the same failure if nothing helps."""
         suspects = [s for s in failure.suspects if s in self.workspace._modules]
+        if "strides" in failure.reason:
+            for path in suspects[:2]:
+                found = self._kernel_step(path, failure)
+                if found is not failure:
+                    return found
         for path in suspects:
             if isinstance(self.workspace.module(path), EditedGraph):
                 continue
             found = self._attribute_step(path, failure)
-            if found is not failure:
-                return found
-            found = self._kernel_step(path, failure)
             if found is not failure:
                 return found
         for path in suspects:
@@ -190,7 +202,10 @@ class _Search:
         choices = [c for c in self.choices if c.path == path]
         singles: list[tuple[tuple[Choice, int], ...]] = [((c, i),) for c in choices for i in range(len(c.options)) if i != c.taken]
         pairs = [a + b for a, b in itertools.combinations(singles, 2) if a[0][0] is not b[0][0]]
-        for changes in (*singles, *(pairs[:20] if path in self.computing else ())):
+        changed = [(c, 1 - c.kept if c.kept < 2 else 0) for c in choices if c.taken == c.kept]
+        jointly = [tuple(changed), *(tuple(x for x in changed if x is not left) for left in changed)] if len(changed) > 2 else []
+        more = [*pairs[:20], *jointly[:10]] if path in self.computing else []
+        for changes in (*singles, *more):
             if self._exhausted:
                 break
             before = [(c, c.taken) for c, _ in changes]
@@ -223,12 +238,14 @@ class _Search:
         return after
 
     def _kernel_step(self, path: str, failure: Failure) -> Failure | None:
-        """Experts of transformers run in plain Python where a grouped kernel refuses their new width (its rows must be multiples of 16 bytes)."""
+        """Experts of transformers run in plain Python where a grouped kernel refuses their new width (its rows must be multiples of
+        16 bytes).
+        """
         old = getattr(getattr(self.workspace.module(path), "config", None), "_experts_implementation", "eager")
         if old == "eager" or path not in self.computing:
             return failure
         name = type(self.workspace.module(path)).__qualname__
-        alike = [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing]
+        alike = self._of_class(name)
         for p in alike:
             self.workspace.set(p, "config._experts_implementation", "eager")
         after = self._run()
@@ -243,7 +260,8 @@ class _Search:
     def _graph_step(self, path: str, failure: Failure) -> Failure | None:
         """The module, and all of its class that meet the cut, run their piece of the edited graph.
 
-        If that is not enough, once more with the sizes of the modules around them as they were: a table that those compute (ALiBi slopes) is then cut where it is used.
+        If that is not enough, once more with the sizes of the modules around them as they were: a table that those compute (ALiBi slopes)
+        is then cut where it is used.
         """
         around = [c for c in self.choices if c.taken != c.kept and (not c.path or path.startswith(c.path + "."))]
         for outer, freedom in itertools.product((False, True) if around else (False,), FREEDOMS):
@@ -264,10 +282,10 @@ class _Search:
                 self._set(choice)
         return failure
 
-    def _graphs_of_siblings(self, path: str, freedom: str, done: list[tuple[str, nn.Module]], after: Failure | None, reason: str) -> Failure | None:
+    def _graphs_of_siblings(self, path: str, freedom: str, done: Replaced, after: Failure | None, reason: str) -> Failure | None:
         """The same for all modules of this class, kept if that is no step back."""
         name = type(done[0][1]).__qualname__
-        siblings = [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing and not _nested(p, path)]
+        siblings = [p for p in self._of_class(name) if not _nested(p, path)]
         first = self.workspace.module(path)
         more = self._graphs(siblings, freedom, first.selected) if after is not None and isinstance(first, EditedGraph) else []
         if more:
@@ -278,19 +296,23 @@ class _Search:
                 self._undo(more)
         for p, shell in done:
             self.substitutes[p] = "graph"
-            self.notes.append(f"{p}: the code of {type(shell).__name__} cannot express the cut ({reason}), so it runs its edited graph, for {freedom}")
+            name = type(shell).__name__
+            self.notes.append(f"{p}: the code of {name} cannot express the cut ({reason}), so it runs its edited graph, for {freedom}")
         return after
 
-    def _undo(self, done: list[tuple[str, nn.Module]]) -> None:
+    def _of_class(self, name: str) -> list[str]:
+        return [p for p, m in self.module.named_modules() if type(m).__qualname__ == name and p in self.computing]
+
+    def _undo(self, done: Replaced) -> None:
         for p, shell in done:
             self.workspace.replace(p, shell)
 
-    def _graphs(self, paths: list[str], freedom: str, selected: Mapping[int, Sequence[int]] | None = None) -> list[tuple[str, nn.Module]]:
+    def _graphs(self, paths: list[str], freedom: str, selected: Mapping[int, Sequence[int]] | None = None) -> Replaced:
         """Replaces modules by their edited graphs; the path and the former module of each that was."""
         original = self.program.source.module
         calls, arriving = self._recorded(original, paths), self._recorded(self.module, paths)
         modules = dict(original.named_modules())
-        done: list[tuple[str, nn.Module]] = []
+        done: Replaced = []
         for p in paths:
             shell = self.workspace.module(p)
             if p not in calls or isinstance(shell, EditedGraph):
@@ -306,11 +328,13 @@ class _Search:
         return done
 
     def _captured(self, module: nn.Module, call: tuple[tuple, dict[str, Any]], freedom: str) -> Program:
-        """A sub-module captured by itself; of several that look alike only the first one is, which is a guess that the next run confirms."""
-        weights = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-        shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x if isinstance(x, (int, float, str, type(None))) else "" for x in pytree.tree_leaves(call))
-        numbers = str({k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, list, tuple)) and not k.endswith(("idx", "id", "index"))})
-        key = (type(module), freedom, shapes, tuple((name, tuple(w.shape)) for name, w in weights), numbers)
+        """A sub-module captured by itself; of several that look alike only the first one is, which is a guess that the next run
+        confirms.
+        """
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else str(x) for x in pytree.tree_leaves(call)]
+        counters = ("idx", "id", "index")
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, list, tuple)) and not k.endswith(counters)}
+        key = (type(module), freedom, str(shapes), str([(name, tuple(t.shape)) for name, t in _tensors(module)]), str(plain))
         if key in self.templates:
             template = self.templates[key]
             if template.source.module is not module:
@@ -346,8 +370,10 @@ class _Search:
         """Which attributes were tried in vain."""
         suspects = [s for s in failure.suspects if s in self.workspace._modules]
         tried = [f"{c.path}.{c.attribute}" for c in self.choices if c.path in suspects[:3] and c.path]
-        at = next((f"{s} ({type(self.workspace.module(s)).__name__})" for s in suspects if s and known(self.workspace.module(s)) is None), type(self.module).__name__)
-        return f"write-back was defeated at {at}: {failure.reason}" + (f"; tried {', '.join(tried[:4])}" if tried else "; no attribute of it holds the size")
+        named = [f"{s} ({type(self.workspace.module(s)).__name__})" for s in suspects if s and known(self.workspace.module(s)) is None]
+        at = next(iter(named), type(self.module).__name__)
+        attributes = f"tried {', '.join(tried[:4])}" if tried else "no attribute of it holds the size"
+        return f"write-back was defeated at {at}: {failure.reason}; {attributes}"
 
     def _graph(self, why: str) -> WriteBack:
         shell = getattr(self, "module", None)

@@ -1,6 +1,7 @@
 """Is a module the network that an edited graph computes? And if not: from which node on, and which modules are to blame.
 
-The edited graph is right by construction. The module is run on two example inputs and, where the network treats the rows of a batch alone, on both as one batch; its layers' outputs are compared on the way, so
+The edited graph is right by construction. The module is run on two example inputs and, where the network treats the rows of a batch
+alone, on both as one batch; its layers' outputs are compared on the way, so
 that the first wrong one is known. Training mode and, for decoders, cached decoding are run too.
 """
 
@@ -50,7 +51,7 @@ class Reference:
         source = program.source
         _, self.spec = pytree.tree_flatten((source.args, dict(source.kwargs)))
         like = program.example_inputs
-        other = [x.to(old.dtype) if isinstance(x, torch.Tensor) and isinstance(old, torch.Tensor) else x for x, old in zip(random_inputs(program, 7), like)]
+        other = [x.to(old.dtype) if isinstance(x, torch.Tensor) else x for x, old in zip(random_inputs(program, 7), like)]
         self.inputs = [list(like), other]
         self.dtype = next((v.dtype for v in program.weights.values() if v.is_weight), torch.float32)
         self.expected = [run(pruned, flat) for flat in self.inputs]
@@ -191,13 +192,13 @@ class Reference:
         layers, values = self._expected_layers
         calls: list[tuple[int, list[torch.Tensor], list[torch.Tensor]]] = []
         for path, part in parts.items():
-            got = heard.get(path, [])
+            returned = heard.get(path, [])
             if hasattr(part, "edited_graph"):
                 outlets = [i for i in self._outlets.get(path, ()) if i in values]
-                if got and outlets:
-                    calls.append((outlets[-1], [values[i] for i in outlets], got[-1]))
+                if returned and outlets:
+                    calls.append((outlets[-1], [values[i] for i in outlets], returned[-1]))
             elif not part._modules and (part._parameters or part._buffers):
-                calls += [(position, [value], g) for (position, value), g in zip(layers.get(path, ()), got) if len(g) == 1]
+                calls += [(at, [value], tensors) for (at, value), tensors in zip(layers.get(path, ()), returned) if len(tensors) == 1]
         good, bad = -1, len(self.pruned.nodes)
         for position, expected, got in sorted(calls, key=lambda call: call[0]):
             if any(self._close(t, value) for t in got for value in expected):
@@ -250,7 +251,9 @@ class Reference:
                 m.training = mode
 
     def decoding_failure(self, module: nn.Module) -> str:
-        """Why decoding with a cache differs from one pass although it does not in the original; empty if it does not, or there is no cache."""
+        """Why decoding with a cache differs from one pass although it does not in the original; empty if it does not, or there is no
+        cache.
+        """
         error = cached_decoding_error(module, self._tokens())
         if error == "" or error is None:
             return ""
@@ -262,7 +265,9 @@ class Reference:
 
 
 def cached_decoding_error(module: Any, ids: torch.Tensor | None) -> str | None:
-    """Logits of one pass over the tokens against those of a prefill and single steps with a cache: None if there is none, "" if they agree."""
+    """Logits of one pass over the tokens against those of a prefill and single steps with a cache: None if there is none, "" if they
+    agree.
+    """
     can = getattr(module, "can_generate", None)
     config = getattr(module, "config", None)
     if ids is None or can is None or not can() or getattr(config, "is_encoder_decoder", False) or ids.shape[1] < 4:
@@ -284,7 +289,9 @@ def cached_decoding_error(module: Any, ids: torch.Tensor | None) -> str | None:
             error = distance([torch.cat(pieces, 1)], [whole[:, split - 1 :]])
     except Exception as exception:
         return f"decoding with a cache: {type(exception).__name__}: {_line(exception)}"
-    return "" if error <= 30 * TOLERANCE.get(dtype, 1e-4) else f"decoding with a cache differs from one pass by {error:.1e} of the largest logit"
+    if error <= 30 * TOLERANCE.get(dtype, 1e-4):
+        return ""
+    return f"decoding with a cache differs from one pass by {error:.1e} of the largest logit"
 
 
 @contextlib.contextmanager
