@@ -528,6 +528,9 @@ sample("addcmul", lambda x, y, z: torch.addcmul(x, y, z, value=0.5), (5, 7), (5,
 sample("addcdiv", lambda x, y, z: torch.addcdiv(x, y, z, value=0.5), (5, 7), (5, 7), positive(7))
 sample("lerp", lambda x, y: torch.lerp(x, y, 0.3), (5, 7), (5, 7))
 sample("copy", lambda x, y: aten.copy(x, y), (5, 7), (7,), blind=True)
+sample("zero", lambda x: aten.zero(x), (5, 7), blind=True)
+sample("fill", lambda x: aten.fill(x, 2.0), (5, 7), blind=True)
+sample("fill", lambda x: torch.slice_scatter(x, aten.fill(x[:, 2:4], 0.0), 1, 2, 4), (5, 7), blind=True)
 sample("lerp", torch.lerp, (5, 7), (5, 7), (7,))
 sample("prelu", lambda x, w: F.prelu(x, w), (2, 5, 3), (5,))
 sample("prelu", lambda x, w: F.prelu(x, w), (2, 5, 3), (1,))
@@ -556,7 +559,7 @@ sample("detach alias", lambda op, x: op(x), (5, 7))
 sample("type_as", lambda x, y: x.type_as(y), (5, 7), (3,), blind=True)
 sample("lift_fresh_copy", lambda x: aten.lift_fresh_copy(x), (5, 7))
 sample("sigmoid exp exp2 cos cosh softplus hardsigmoid erfc log_sigmoid", lambda op, x: op(x), (5, 7))
-sample("log log2 log10 rsqrt reciprocal lgamma digamma", lambda op, x: op(x), positive(5, 7))
+sample("log log2 log10 rsqrt reciprocal", lambda op, x: op(x), positive(5, 7))
 sample("acos arccos logit", lambda op, x: op(x.sigmoid()), (5, 7))
 sample("lt le gt ge", lambda op, x, y: op(x, y), (5, 7), (7,))
 sample("eq ne", lambda op, x, y: op(x, y), ints(3, 5, 7), ints(3, 7))
@@ -585,6 +588,12 @@ sample("float_power", lambda x: x.float_power(2), (5, 7))
 sample("atan2", torch.atan2, (5, 7), positive(7))
 sample("logaddexp", torch.logaddexp, (5, 7), (7,))
 sample("nextafter", lambda x, y: torch.nextafter(x, y), (5, 7), (7,), blind=True)
+
+# elementwise by torch.Tag.pointwise alone
+sample("acosh digamma i0 lgamma sinc special_entr special_erfcx special_i1", lambda op, x: op(x.abs() + 0.1), (5, 7))
+sample("angle isneginf isposinf signbit", lambda op, x: op(x), (5, 7), blind=True)
+sample("heaviside ldexp gcd", lambda op, x, y: op(x, y), ints(9, 5, 7), ints(9, 7), blind=True)
+sample("frexp", lambda x: x.frexp()[0] + x.frexp()[1], (5, 7))
 
 # ---- recurrent nets and own structures
 

@@ -128,6 +128,11 @@ def copy(engine: Engine, node: Node) -> None:
     fam.pointwise(engine, tensors(node), [node["src"]])
 
 
+def fill(engine: Engine, node: Node) -> None:
+    """One value everywhere."""
+    fam.pointwise(engine, tensors(node), [node["self"]] if is_zero(node["value"]) else ())
+
+
 def lerp(engine: Engine, node: Node) -> None:
     fam.pointwise(engine, tensors(node), [node["self"]], [node["end"]])
 
@@ -266,11 +271,12 @@ ELEMENTWISE: dict[str, Rule] = {
     "addcdiv": addcdiv,
     "lerp": lerp,
     "copy": copy,
+    "fill": fill,
     # f(0) == 0
     **dict.fromkeys(
         "relu gelu silu tanh neg negative abs absolute sqrt relu6 leaky_relu elu selu celu mish hardswish sin asin arcsin tan atan arctan sinh asinh arcsinh "
         "atanh arctanh erf erfinv expm1 log1p square sign sgn round floor ceil trunc fix frac dropout feature_dropout alpha_dropout native_dropout softshrink "
-        "hardshrink zeros_like nan_to_num positive rrelu deg2rad rad2deg real imag conj conj_physical resolve_conj resolve_neg".split(),
+        "hardshrink zeros_like zero nan_to_num positive rrelu deg2rad rad2deg real imag conj conj_physical resolve_conj resolve_neg".split(),
         unary,
     ),
     # the same numbers, perhaps of another type
