@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
+from graphprune.execute.onnx_attention import ATTENTION_OPS
 from graphprune.execute.onnx_nn import NN_OPS
 from graphprune.execute.onnx_quantized import QUANTIZED_OPS
 from graphprune.execute.onnx_recurrent import RECURRENT_OPS
@@ -330,6 +331,7 @@ _FAMILIES: tuple[Mapping[str, Callable[..., Any]], ...] = (
     REDUCTIONS,
     TENSOR_OPS,
     NN_OPS,
+    ATTENTION_OPS,
     RECURRENT_OPS,
     QUANTIZED_OPS,
 )
