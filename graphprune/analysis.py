@@ -308,7 +308,7 @@ def _exactness(engine: Engine, where: Mapping[Factor, Any]) -> tuple[dict[Factor
         # a factor that occurs twice (in two axes of the result, or in one that is also summed) vanishes only if it does so in each
         rows = _rows(engine, flow.out, (zero | over) & out)
         for leaf in [leaf for leaf in zero & out if leaf in summed or len(rows[leaf]) > 1]:
-            if not _everywhere(flow, rows[leaf], lambda v, leaf=leaf, node=flow.node: leaf in vanishing(v, node), leaf in summed):
+            if not _everywhere(flow, rows[leaf], lambda v, leaf=leaf, node=flow.node: leaf in vanishing(v, node), leaf in summed):  # type: ignore[misc]
                 zero.discard(leaf)
         vanish[flow.out] = (zero | {leaf for leaf in over & out if len(rows[leaf]) == 1}) & out
     return approximate, vanish

@@ -255,10 +255,8 @@ def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tup
 
 def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend: str) -> tuple[Latency, Latency]:
     found = interleaved(dict(zip(("before", "after"), calls)), warmup=1, repeats=5, device=device, seconds=MEASURE_SECONDS)
-    before, after = (
-        Latency(*(float(q) for q in np.quantile(found[name].times, (0.5, 0.25, 0.75))), where, backend) for name in ("before", "after")
-    )
-    return before, after
+    (a, low_a, high_a), (b, low_b, high_b) = (np.quantile(found[name].times, (0.5, 0.25, 0.75)).tolist() for name in ("before", "after"))
+    return Latency(a, low_a, high_a, where, backend), Latency(b, low_b, high_b, where, backend)
 
 
 def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
@@ -429,7 +427,13 @@ def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
     cut = Cut(program.analysis, plan.resolve(program))
     if len(program.inputs) != len(other.inputs):
         raise InvalidInput(f"the original takes {len(program.inputs)} inputs, the pruned network {len(other.inputs)}")
-    return certify(program, other, cut, plan_hash=plan.hash)
+    certificate = certify(program, other, cut, plan_hash=plan.hash)
+    if certificate.status == "failed" and plan.repair:
+        raise InvalidInput(
+            f"the plan names the repair {', '.join(plan.repair)}: kept weights were changed on purpose, so the pruned network is not the masked one. "
+            "The certificate saved beside it was made before the repair; to prove the cut again, apply the plan without its repair"
+        )
+    return certificate
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:

@@ -296,8 +296,8 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     )
     kind = Kind.CONSTANT if constant else Kind.RESULT
     values = tuple(
-        _value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,))
-    )  # type: ignore[arg-type]
+        _value(f"{fx_node.name}.{i}" if many else fx_node.name, kind, meta) for i, meta in enumerate(metas if many else (metas,))  # type: ignore[arg-type]
+    )
     for value, shape in zip(values, shapes or ()):
         value.shape = shape  # surgery wrote what the cut left
     node.outputs = values

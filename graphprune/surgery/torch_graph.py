@@ -63,6 +63,8 @@ def apply_cut(program: Program, cut: Cut) -> Program:
                 whole = graph.call_function(torch.ops.aten.contiguous.default, (new.args[0],))
                 whole.meta = dict(new.args[0].meta)  # type: ignore[union-attr]
             new.args = (whole,)
+        if fx_node.target is torch.ops.aten.view.default and cut.removed:
+            new.target = torch.ops.aten.reshape.default  # upstream of here something may be laid out in memory otherwise
         if node is None or not cut.touches(node):
             continue
         metas = fx_node.meta.get("val")
