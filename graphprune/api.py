@@ -430,7 +430,7 @@ def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
     certificate = certify(program, other, cut, plan_hash=plan.hash)
     if certificate.status == "failed" and plan.repair:
         raise InvalidInput(
-            f"the plan names the repair {', '.join(plan.repair)}: kept weights were changed on purpose, so the pruned network is not the masked one. "
+            f"the plan names the repair {', '.join(plan.repair)}: kept weights were changed on purpose, so this is not the masked network. "
             "The certificate saved beside it was made before the repair; to prove the cut again, apply the plan without its repair"
         )
     return certificate
