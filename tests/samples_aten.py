@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -58,7 +59,7 @@ def sample(ops: str, function: Callable[..., Any], *inputs: Input, blind: bool =
     """Add a row; for several ops, `function` takes the op first."""
     names = ops.split()
     for op in names:
-        call = (lambda *x, packet=getattr(aten, op): function(packet, *x)) if len(names) > 1 or ops.endswith(" ") else function
+        call = partial(function, getattr(aten, op)) if len(names) > 1 or ops.endswith(" ") else function
         count = sum(s.op == op for s in SAMPLES)
         SAMPLES.append(Sample(op, call, inputs, f"{op}-{count}", blind, domain))
 
@@ -126,7 +127,11 @@ sample("einsum", lambda a: torch.einsum("bij->bj", a), (2, 5, 7))
 sample("einsum", lambda a: torch.einsum("ii->i", a), (5, 5))
 sample("einsum", lambda a, b, c: torch.einsum("bk,ok,bo->o", a, b, c), (2, 7), (3, 7), (2, 3))
 sample("linalg_matmul", lambda a, b: torch.linalg.matmul(a, b), (2, 5, 7), (2, 7, 3))
-sample("linalg_inv inverse linalg_pinv linalg_matrix_exp matrix_exp linalg_det det linalg_qr linalg_svd linalg_inv_ex", lambda op, x: op(x), (2, 5, 5))
+sample(
+    "linalg_inv inverse linalg_pinv linalg_matrix_exp matrix_exp linalg_det det linalg_qr linalg_svd linalg_inv_ex",
+    lambda op, x: op(x),
+    (2, 5, 5),
+)
 sample("linalg_cholesky linalg_eigh linalg_cholesky_ex", lambda op, x: op(x @ x.mT + torch.eye(5, dtype=x.dtype)), (2, 5, 5))
 sample("linalg_matrix_power", lambda x: torch.linalg.matrix_power(x, 2), (2, 5, 5))
 sample("linalg_solve", torch.linalg.solve, (2, 5, 5), (2, 5, 3))
@@ -146,9 +151,16 @@ sample("conv_transpose2d", lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2)
 sample("conv_transpose2d", lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3), (2, 6, 4, 5), (6, 5, 3, 3), (15,))
 sample("conv_transpose2d", lambda x, w: F.conv_transpose2d(x, w, groups=6), (2, 6, 4, 5), (6, 1, 3, 3))
 sample("conv_transpose3d", F.conv_transpose3d, (2, 3, 4, 5, 3), (3, 5, 2, 2, 2))
-sample("convolution", lambda x, w, b: aten.convolution(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 3), (2, 6, 5, 4), (15, 2, 3, 3), (15,))
+sample(
+    "convolution", lambda x, w, b: aten.convolution(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 3), (2, 6, 5, 4), (15, 2, 3, 3), (15,)
+)
 sample("convolution", lambda x, w, b: aten.convolution(x, w, b, [1, 1], [0, 0], [1, 1], True, [0, 0], 3), (2, 6, 4, 5), (6, 5, 3, 3), (15,))
-sample("_convolution", lambda x, w: aten._convolution(x, w, None, [1], [0], [1], False, [0], 1, False, False, True, True), (2, 6, 5), (15, 6, 3))
+sample(
+    "_convolution",
+    lambda x, w: aten._convolution(x, w, None, [1], [0], [1], False, [0], 1, False, False, True, True),
+    (2, 6, 5),
+    (15, 6, 3),
+)
 
 # ---- one factor along two axes
 
@@ -169,11 +181,23 @@ sample("scaled_dot_product_attention", lambda q, k, v: sdpa(q, k, v, is_causal=T
 sample("scaled_dot_product_attention", lambda q, k, v, m: sdpa(q, k, v, m), (2, 3, 5, 7), (2, 3, 6, 7), (2, 3, 6, 4), (5, 6))
 sample("scaled_dot_product_attention", lambda q, k, v, m: sdpa(q, k, v, m), (2, 3, 5, 7), (2, 3, 6, 7), (2, 3, 6, 4), (2, 3, 5, 6))
 sample("scaled_dot_product_attention", lambda q, k, v, m: sdpa(q, k, v, m), (2, 3, 5, 7), (2, 3, 6, 7), (2, 3, 6, 4), (1, 3, 1, 6))
-sample("scaled_dot_product_attention", lambda q, k, v, m: sdpa(q, k, v, m | (torch.arange(6) == 0)), (2, 3, 5, 7), (2, 3, 6, 7), (2, 3, 6, 4), bools(2, 1, 5, 6))
+sample(
+    "scaled_dot_product_attention",
+    lambda q, k, v, m: sdpa(q, k, v, m | (torch.arange(6) == 0)),
+    (2, 3, 5, 7),
+    (2, 3, 6, 7),
+    (2, 3, 6, 4),
+    bools(2, 1, 5, 6),
+)
 sample("scaled_dot_product_attention", lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (2, 6, 5, 7), (2, 3, 4, 7), (2, 3, 4, 7))
 sample("scaled_dot_product_attention", lambda q, k, v: sdpa(q, k, v, scale=0.3), (2, 5, 7), (2, 6, 7), (2, 6, 4))
 sample("scaled_dot_product_attention", lambda q, k, v: sdpa(q, k, v), (2, 1, 5, 7), (2, 1, 6, 7), (2, 1, 6, 4))
-sample("_grouped_mm", lambda x, w: torch._grouped_mm(x.bfloat16(), w.bfloat16(), offs=torch.tensor([3, 5, 9], dtype=torch.int32)), (9, 16), (3, 16, 8))
+sample(
+    "_grouped_mm",
+    lambda x, w: torch._grouped_mm(x.bfloat16(), w.bfloat16(), offs=torch.tensor([3, 5, 9], dtype=torch.int32)),
+    (9, 16),
+    (3, 16, 8),
+)
 
 
 def _routed(x: Tensor, router: Tensor, w: Tensor) -> Tensor:
@@ -190,8 +214,24 @@ sample("_grouped_mm", _routed, (9, 16), (16, 3), (3, 16, 8))
 sample("batch_norm", lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b), (2, 3, 5, 4), (3,), (3,), (3,), positive(3))
 sample("batch_norm", lambda x, m, v: F.batch_norm(x, m, v), (4, 3), (3,), positive(3))
 sample("batch_norm", lambda x, w: F.batch_norm(x, None, None, w, training=True), (3, 4, 5), (4,))  # weight standardisation is written so
-sample("_native_batch_norm_legit_no_training", lambda x, w, b, m, v: aten._native_batch_norm_legit_no_training(x, w, b, m, v, 0.1, 1e-5)[0], (2, 3, 5, 4), (3,), (3,), (3,), positive(3))
-sample("native_batch_norm", lambda x, w, b, m, v: aten.native_batch_norm(x, w, b, m, v, False, 0.1, 1e-5)[0], (2, 3, 5), (3,), (3,), (3,), positive(3))
+sample(
+    "_native_batch_norm_legit_no_training",
+    lambda x, w, b, m, v: aten._native_batch_norm_legit_no_training(x, w, b, m, v, 0.1, 1e-5)[0],
+    (2, 3, 5, 4),
+    (3,),
+    (3,),
+    (3,),
+    positive(3),
+)
+sample(
+    "native_batch_norm",
+    lambda x, w, b, m, v: aten.native_batch_norm(x, w, b, m, v, False, 0.1, 1e-5)[0],
+    (2, 3, 5),
+    (3,),
+    (3,),
+    (3,),
+    positive(3),
+)
 sample("_weight_norm", lambda v, g: aten._weight_norm(v, g, 0), (5, 7, 3), positive(5, 1, 1))
 sample("_weight_norm", lambda v, g: aten._weight_norm(v, g, 2), (5, 7, 3), positive(1, 1, 3))
 sample("native_batch_norm", lambda x, w, b: aten.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5)[0], (2, 3, 5), (3,), (3,))
@@ -543,7 +583,9 @@ sample(
     (5, 7),
 )
 sample("round floor ceil trunc fix", lambda op, x: op(9 * x), (5, 7))
-sample("real imag conj conj_physical resolve_conj resolve_neg", lambda op, x: torch.view_as_real(op(torch.view_as_complex(x)) + 0j), (5, 7, 2))
+sample(
+    "real imag conj conj_physical resolve_conj resolve_neg", lambda op, x: torch.view_as_real(op(torch.view_as_complex(x)) + 0j), (5, 7, 2)
+)
 sample("view_as_complex view_as_real", lambda op, x: torch.view_as_real(torch.view_as_complex(x) * 2j), (5, 7, 2))
 sample("complex polar", lambda op, x, y: torch.view_as_real(op(x, y)), (5, 7), (5, 7))
 sample("bitwise_left_shift bitwise_right_shift", lambda op, x, y: op(x, y), ints(99, 5, 7), ints(3, 7))
@@ -608,12 +650,25 @@ def _rnn(kind: type[nn.RNNBase], **options: Any) -> None:
 
     def call(x: Tensor, *rest: Tensor) -> Any:
         hidden, weights = rest[:states], list(rest[states:])
-        function = getattr(torch, op if kind is not nn.RNN else op)
+        function = getattr(torch, op)
         hx = hidden if kind is nn.LSTM else hidden[0]
-        flags = options.get("bias", True), options.get("num_layers", 1), 0.0, False, options.get("bidirectional", False), options.get("batch_first", False)
+        flags = (
+            options.get("bias", True),
+            options.get("num_layers", 1),
+            0.0,
+            False,
+            options.get("bidirectional", False),
+            options.get("batch_first", False),
+        )
         return function(x, hx, weights, *flags)
 
-    sample(op, call, (4, 3, options["input_size"]), *[(layers, 4 if options.get("batch_first") else 3, options["hidden_size"])] * states, *shapes)
+    sample(
+        op,
+        call,
+        (4, 3, options["input_size"]),
+        *[(layers, 4 if options.get("batch_first") else 3, options["hidden_size"])] * states,
+        *shapes,
+    )
 
 
 _rnn(nn.LSTM, input_size=5, hidden_size=7)
@@ -626,7 +681,16 @@ _rnn(nn.RNN, input_size=5, hidden_size=7, nonlinearity="relu")
 
 # ---- ops of our own
 
-sample("selective_scan", lambda x, d, A, B, C: selective_scan(x, F.softplus(d), -A.exp(), B, C), (2, 3, 5), (2, 3, 5), (3, 4), (2, 4, 5), (2, 4, 5), domain="graphprune")
+sample(
+    "selective_scan",
+    lambda x, d, A, B, C: selective_scan(x, F.softplus(d), -A.exp(), B, C),
+    (2, 3, 5),
+    (2, 3, 5),
+    (3, 4),
+    (2, 4, 5),
+    (2, 4, 5),
+    domain="graphprune",
+)
 sample(
     "selective_scan",
     lambda x, d, A, B, C, D, s: selective_scan(x, F.softplus(d), -A.exp(), B, C, D, s),

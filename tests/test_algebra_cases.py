@@ -94,12 +94,16 @@ def grouped_convolution() -> nn.Module:
 @case({("channel", 12): 1, ("channel", 2): 1}, 2, 3, 8, 8)
 def depthwise_convolution() -> nn.Module:
     """With a multiplier of two in the second one."""
-    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, groups=12), nn.Hardswish(), nn.Conv2d(12, 24, 3, groups=12), nn.Conv2d(24, 5, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, groups=12), nn.Hardswish(), nn.Conv2d(12, 24, 3, groups=12), nn.Conv2d(24, 5, 1)
+    )
 
 
 @case({("channel", 3): 1, ("channel", 4): 2}, 2, 3, 5, 5)
 def transposed_convolution() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(3, 12, 2, 2), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, 2, groups=3), nn.ReLU(), nn.ConvTranspose2d(12, 5, 2))
+    return nn.Sequential(
+        nn.ConvTranspose2d(3, 12, 2, 2), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, 2, groups=3), nn.ReLU(), nn.ConvTranspose2d(12, 5, 2)
+    )
 
 
 @case({("channel", 7): 1, ("channel", 6): 1}, 2, 3, 8, 8)
@@ -117,7 +121,12 @@ def patch_merging() -> nn.Module:
         return m.head(m.norm2(m.reduction(m.norm(x))))
 
     return Forward(
-        forward, patch=nn.Conv2d(3, 6, 2, 2), norm=nn.LayerNorm(24), reduction=nn.Linear(24, 12, bias=False), norm2=nn.LayerNorm(12), head=linear(12, 5)
+        forward,
+        patch=nn.Conv2d(3, 6, 2, 2),
+        norm=nn.LayerNorm(24),
+        reduction=nn.Linear(24, 12, bias=False),
+        norm2=nn.LayerNorm(12),
+        head=linear(12, 5),
     )
 
 
@@ -135,7 +144,9 @@ def flatten_before_classifier() -> nn.Module:
 @case({("channel", 4): 1, ("channel", 3): 1, ("channel", 14): 1}, 2, 3, 8, 8)
 def group_norm() -> nn.Module:
     """Groups go whole (exact), or each loses the same of its channels (under new statistics)."""
-    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), nn.Conv2d(12, 14, 3), nn.GroupNorm(14, 14), nn.Conv2d(14, 5, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), nn.Conv2d(12, 14, 3), nn.GroupNorm(14, 14), nn.Conv2d(14, 5, 1)
+    )
 
 
 @case({("channel", 12): 1, ("channel", 17): 1, ("channel", 9): 2}, 2, 3, 8, 8)
@@ -377,7 +388,15 @@ def layer_scale() -> nn.Module:
         return m.head(m.norm2(x + m.scale * m.mlp(m.norm(x))))
 
     mlp = nn.Sequential(linear(10, 17), nn.GELU(), linear(17, 10))
-    return Forward(forward, embed=linear(11, 10), norm=nn.LayerNorm(10), mlp=mlp, scale=torch.full((10,), 1e-6), norm2=nn.LayerNorm(10), head=linear(10, 5))
+    return Forward(
+        forward,
+        embed=linear(11, 10),
+        norm=nn.LayerNorm(10),
+        mlp=mlp,
+        scale=torch.full((10,), 1e-6),
+        norm2=nn.LayerNorm(10),
+        head=linear(10, 5),
+    )
 
 
 @case({("hidden", 10): 1, ("neuron", 17): 1}, 2, 7, vocab=23)
@@ -517,7 +536,9 @@ def mamba2() -> nn.Module:
 @case({("neuron", 14): 1, ("neuron", 9): 1}, 4, 7, 11)
 def lstm() -> nn.Module:
     """Stacked and bidirectional: the states of all lie in one tensor, so they lose the same units."""
-    return Forward(lambda m, x: m.head(m.lstm(m.embed(x))[0]), embed=linear(11, 9), lstm=nn.LSTM(9, 14, 2, bidirectional=True), head=linear(28, 5))
+    return Forward(
+        lambda m, x: m.head(m.lstm(m.embed(x))[0]), embed=linear(11, 9), lstm=nn.LSTM(9, 14, 2, bidirectional=True), head=linear(28, 5)
+    )
 
 
 @case({("neuron", 14): 1}, 4, 7, 11)
@@ -545,7 +566,9 @@ def register_tokens() -> nn.Module:
         return m.head(m.norm2(x[:, 4:]))
 
     norms = {"norm": nn.LayerNorm(10), "norm2": nn.LayerNorm(10)}
-    return Forward(forward, embed=linear(11, 10), registers=torch.randn(1, 4, 10), qkv=linear(10, 36), out=linear(12, 10), head=linear(10, 5), **norms)
+    return Forward(
+        forward, embed=linear(11, 10), registers=torch.randn(1, 4, 10), qkv=linear(10, 36), out=linear(12, 10), head=linear(10, 5), **norms
+    )
 
 
 # ---- the tests

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -187,7 +189,11 @@ def test_index_is_what_numpy_reshapes_say(data: st.DataObject) -> None:
 @given(st.data())
 def test_mask_keeps_the_positions_of_kept_units(data: st.DataObject) -> None:
     dim, leaves = data.draw(SIZES.flatmap(trees))
-    kept = {leaf: np.array(data.draw(st.lists(st.booleans(), min_size=leaf.size, max_size=leaf.size))) for leaf, _ in leaves if data.draw(st.booleans())}
+    kept = {
+        leaf: np.array(data.draw(st.lists(st.booleans(), min_size=leaf.size, max_size=leaf.size)))
+        for leaf, _ in leaves
+        if data.draw(st.booleans())
+    }
     expected = np.ones(ax.size(dim), bool)
     for leaf, rows in leaves:
         if leaf in kept:
@@ -255,11 +261,11 @@ def test_concatenated_parts_are_found_again_by_slices(lengths: list[int], data: 
     total = sum(lengths)
     cuts = sorted(data.draw(st.sets(st.integers(1, total - 1), max_size=3))) if total > 1 else []
     bounds = [0, *cuts, total]
-    slices = [axis(b - a) if b - a > 1 else [] for a, b in zip(bounds, bounds[1:])]
+    slices = [axis(b - a) if b - a > 1 else [] for a, b in pairwise(bounds)]
     target = [ax.sum_of(slices)] if len(slices) > 1 else slices[0]
     ax.unify(joined, target, "n")
     assert not any(frozen(joined))
-    for (a, b), piece in zip(zip(bounds, bounds[1:]), slices):
+    for (a, b), piece in zip(pairwise(bounds), slices):
         inside = {leaf: rows + a for leaf, rows in ax.index(piece).items()}
         whole = ax.index(joined)
         for leaf, rows in inside.items():

@@ -122,4 +122,6 @@ def test_every_neutral_form_is_exercised(op: str, monkeypatch: pytest.MonkeyPatc
 
 
 def _is_wrong(program: Program) -> bool:
-    return bool(analyze(program, free_border=True).groups) and any(f.verdict.name in ("WRONG", "ALIVE", "BROKEN") for f in check_program(program))
+    return bool(analyze(program, free_border=True).groups) and any(
+        f.verdict.name in ("WRONG", "ALIVE", "BROKEN") for f in check_program(program)
+    )

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_every_op_has_a_sample() -> None:
-    assert set(ATEN) == {s.op for s in SAMPLES if s.domain == "aten"} & set(ATEN), "each op of rules.aten.ATEN needs a row in samples_aten.py"
+    assert set(ATEN) == {s.op for s in SAMPLES if s.domain == "aten"} & set(ATEN), (
+        "each op of rules.aten.ATEN needs a row in samples_aten.py"
+    )
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
@@ -30,7 +32,9 @@ def test_rule(sample: Sample) -> None:
 @pytest.mark.parametrize("op", [op for op, rule in ELEMENTWISE.items() if rule is unary])
 def test_zero_at_zero(op: str) -> None:
     dtype = torch.complex64 if op in ("imag",) else torch.float64
-    rest = {"native_dropout": (0.0, False), "dropout": (0.5, False), "feature_dropout": (0.5, False), "alpha_dropout": (0.5, False)}.get(op, ())
+    rest = {"native_dropout": (0.0, False), "dropout": (0.5, False), "feature_dropout": (0.5, False), "alpha_dropout": (0.5, False)}.get(
+        op, ()
+    )
     result = getattr(torch.ops.aten, op)(torch.zeros(3, dtype=dtype), *rest)
     assert not (result[0] if isinstance(result, tuple) else result).any()
 

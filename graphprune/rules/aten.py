@@ -1,7 +1,7 @@
 """Dim rules of the ATen op set (the training IR of torch.export, with or without functionalisation), keyed by base name without overload.
 
-Most ops are a line of the notation or a row of a family; elementwise ops that are not listed get their rule from `torch.Tag.pointwise`. An in-place spelling
-(`add_`) has the rule of its functional one.
+Most ops are a line of the notation or a row of a family; elementwise ops that are not listed get their rule from `torch.Tag.pointwise`.
+An in-place spelling (`add_`) has the rule of its functional one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dim rules of ATen: products that contract an axis (linear algebra, convolutions, attention), recurrent nets, and what works on spatial axes."""
+"""Dim rules of ATen: products that contract an axis (linear algebra, convolutions, attention), recurrent nets, spatial axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def matmul(engine: Engine, node: Node) -> None:
 
 
 def linear(engine: Engine, node: Node) -> None:
-    engine.spec("input[... i] weight[o i] + bias[o] -> ... o" if len(node["weight"].shape) == 2 else "input[... i] weight[i] + bias[] -> ...")
+    engine.spec(
+        "input[... i] weight[o i] + bias[o] -> ... o" if len(node["weight"].shape) == 2 else "input[... i] weight[i] + bias[] -> ..."
+    )
 
 
 def _addend(engine: Engine, node: Node, line: str) -> None:
@@ -61,7 +63,9 @@ def tensordot(engine: Engine, node: Node) -> None:
     pairs = [(a % ra, b % rb) for a, b in zip(node["dims_self"], node["dims_other"])]
     left = [f"a{i}" for i in range(ra)]
     right = [next((f"a{a}" for a, b in pairs if b == i), f"b{i}") for i in range(rb)]
-    result = [c for i, c in enumerate(left) if i not in {a for a, _ in pairs}] + [c for i, c in enumerate(right) if i not in {b for _, b in pairs}]
+    result = [c for i, c in enumerate(left) if i not in {a for a, _ in pairs}] + [
+        c for i, c in enumerate(right) if i not in {b for _, b in pairs}
+    ]
     engine.spec(f"self[{' '.join(left)}] other[{' '.join(right)}] -> {' '.join(result)}")
 
 
@@ -81,7 +85,9 @@ def einsum(engine: Engine, node: Node) -> None:
 
 def grouped_mm(engine: Engine, node: Node) -> None:
     """Rows `offs[e-1]:offs[e]` times matrix e. The experts may be cut when the offsets are counted, so that a removed one has no rows."""
-    left, right = ("self", "mat2") if "self" in node.args else ("input", "weight")  # ATen's op, and the CPU stand-in that transformers registers
+    left, right = (
+        ("self", "mat2") if "self" in node.args else ("input", "weight")
+    )  # ATen's op, and the CPU stand-in that transformers registers
     a, b, offsets = node[left], node[right], node["offs"]
     if len(a.shape) == 3 and len(b.shape) == 3:
         return engine.spec(f"{left}[e t k] {right}[e k n] -> e t n")
@@ -298,12 +304,16 @@ CONTRACTIONS: dict[str, Rule] = {
     "bilinear": "input1[... i] input2[... j] weight[o i j] + bias[o] -> ... o",
     **dict.fromkeys(("cdist", "_cdist_forward"), "x1[... p m] + x2[... r m] -> ... p r"),
     **dict.fromkeys(
-        "linalg_inv inverse linalg_pinv linalg_matrix_exp matrix_exp linalg_cholesky linalg_det det linalg_qr linalg_svd linalg_eigh linalg_solve linalg_inv_ex "
+        "linalg_inv inverse linalg_pinv linalg_matrix_exp matrix_exp linalg_cholesky linalg_det det linalg_qr linalg_svd "
+        "linalg_eigh linalg_solve linalg_inv_ex "
         "linalg_cholesky_ex linalg_matrix_power".split(),
         unsupported,
     ),
     "_grouped_mm": grouped_mm,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "_convolution"), convolution),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "_convolution"),
+        convolution,
+    ),
     "scaled_dot_product_attention": attention,
     "lstm": recurrent(4),
     "gru": recurrent(3),
@@ -329,8 +339,10 @@ SPATIAL: dict[str, Rule] = {
     "col2im": col2im,
     "glu": glu,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
-    **{f"fft_{name}": transformed for name in "fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift".split()},
+    **{
+        f"fft_{name}": transformed
+        for name in "fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift".split()
+    },
     "stft": unsupported,
     "istft": unsupported,
 }
-

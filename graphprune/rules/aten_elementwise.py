@@ -146,7 +146,9 @@ def reduced_axes(node: Node) -> list[int]:
 
 
 def reduction(neutral: str, zero_at_zero: bool = True) -> Rule:
-    return lambda engine, node: fam.reduce(engine, first(node), reduced_axes(node), bool(node.args.get("keepdim", False)), neutral, zero_at_zero)
+    return lambda engine, node: fam.reduce(
+        engine, first(node), reduced_axes(node), bool(node.args.get("keepdim", False)), neutral, zero_at_zero
+    )
 
 
 def vector_norm(engine: Engine, node: Node) -> None:
@@ -221,7 +223,7 @@ BATCH_NORM = "input[b c ...] weight[c] + running_mean[c] weight[c] + bias[c] ; r
 
 
 def batch_norm(engine: Engine, node: Node) -> None:
-    """In evaluation an affine map; with statistics of the batch (weight standardisation is written so) a norm over all axes but the channel."""
+    """An affine map in evaluation; with statistics of the batch (weight standardisation) a norm over all axes but the channel."""
     engine.spec(BATCH_NORM)
     if node.args.get("training"):
         over = [axis for i, axis in enumerate(engine.axes(node["input"])) if i != 1]
@@ -261,11 +263,22 @@ def group_norm(engine: Engine, node: Node) -> None:
 
 ELEMENTWISE: dict[str, Rule] = {
     # zero where any operand is
-    **dict.fromkeys("mul multiply logical_and bitwise_and __and__".split(), product),
+    **dict.fromkeys(
+        "mul multiply logical_and bitwise_and __and__".split(),
+        product,
+    ),
     # zero where all operands are
-    **dict.fromkeys("add sub subtract rsub maximum minimum fmax fmin logical_or bitwise_or __or__ logical_xor bitwise_xor __xor__ hypot complex".split(), total),
+    **dict.fromkeys(
+        "add sub subtract rsub maximum minimum fmax fmin logical_or bitwise_or __or__ logical_xor bitwise_xor __xor__ hypot "
+        "complex".split(),
+        total,
+    ),
     # zero where the first operand is
-    **dict.fromkeys("div divide true_divide floor_divide fmod remainder copysign xlogy _prelu_kernel polar bitwise_left_shift bitwise_right_shift".split(), scaled),
+    **dict.fromkeys(
+        "div divide true_divide floor_divide fmod remainder copysign xlogy _prelu_kernel polar bitwise_left_shift "
+        "bitwise_right_shift".split(),
+        scaled,
+    ),
     "prelu": prelu,
     "addcmul": addcmul,
     "addcdiv": addcdiv,
@@ -274,20 +287,27 @@ ELEMENTWISE: dict[str, Rule] = {
     "fill": fill,
     # f(0) == 0
     **dict.fromkeys(
-        "relu gelu silu tanh neg negative abs absolute sqrt relu6 leaky_relu elu selu celu mish hardswish sin asin arcsin tan atan arctan sinh asinh arcsinh "
-        "atanh arctanh erf erfinv expm1 log1p square sign sgn round floor ceil trunc fix frac dropout feature_dropout alpha_dropout native_dropout softshrink "
-        "hardshrink zeros_like zero nan_to_num positive rrelu deg2rad rad2deg real imag conj conj_physical resolve_conj resolve_neg".split(),
+        "relu gelu silu tanh neg negative abs absolute sqrt relu6 leaky_relu elu selu celu mish hardswish sin asin arcsin tan "
+        "atan arctan sinh asinh arcsinh atanh arctanh erf erfinv expm1 log1p square sign sgn round floor ceil trunc fix frac "
+        "dropout feature_dropout alpha_dropout native_dropout softshrink hardshrink zeros_like zero nan_to_num positive rrelu "
+        "deg2rad rad2deg real imag conj conj_physical resolve_conj resolve_neg".split(),
         unary,
     ),
     # the same numbers, perhaps of another type
-    **dict.fromkeys("clone to _to_copy contiguous detach alias lift_fresh_copy type_as".split(), index_preserving),
+    **dict.fromkeys(
+        "clone to _to_copy contiguous detach alias lift_fresh_copy type_as".split(),
+        index_preserving,
+    ),
     # f(0) != 0
     **dict.fromkeys(
-        "sigmoid exp exp2 log log2 log10 cos acos arccos cosh rsqrt reciprocal softplus hardsigmoid log_sigmoid erfc logit bitwise_not logical_not "
-        "eq ne lt le gt ge isnan isinf isfinite".split(),
+        "sigmoid exp exp2 log log2 log10 cos acos arccos cosh rsqrt reciprocal softplus hardsigmoid log_sigmoid erfc logit "
+        "bitwise_not logical_not eq ne lt le gt ge isnan isinf isfinite".split(),
         opaque,
     ),
-    **dict.fromkeys("full_like ones_like rand_like randn_like empty_like bernoulli".split(), opaque),
+    **dict.fromkeys(
+        "full_like ones_like rand_like randn_like empty_like bernoulli".split(),
+        opaque,
+    ),
     "where": where,
     "masked_fill": masked_fill,
     **dict.fromkeys(("clamp", "clip", "hardtanh", "clamp_min", "clamp_max"), clamp),

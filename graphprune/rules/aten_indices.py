@@ -1,7 +1,8 @@
 """Dim rules of ATen: ops that address positions of an axis by integers.
 
-Integers that are known to index an axis (`Engine.indexes`: what top-k, argmax and sort return) tie the axes that they address, so that router, one-hot, counts and
-stacked experts meet in one group; an axis that is addressed by other integers is frozen. A removed unit is never indexed, so the addressed axis needs no zero.
+Integers that are known to index an axis (`Engine.indexes`: what top-k, argmax and sort return) tie the axes that they address, so that
+router, one-hot, counts and stacked experts meet in one group; an axis that is addressed by other integers is frozen. A removed unit is
+never indexed, so the addressed axis needs no zero.
 """
 
 from __future__ import annotations
@@ -251,5 +252,8 @@ INDICES: dict[str, Rule] = {
     "cumsum": cumulative,
     **dict.fromkeys(("searchsorted", "bucketize"), search),
     "isin": contained,
-    **dict.fromkeys(("take", "put", "masked_scatter", "masked_select", "nonzero", "nonzero_static", "embedding_bag", "_embedding_bag", "index_reduce"), unsupported),
+    **dict.fromkeys(
+        ("take", "put", "masked_scatter", "masked_select", "nonzero", "nonzero_static", "embedding_bag", "_embedding_bag", "index_reduce"),
+        unsupported,
+    ),
 }

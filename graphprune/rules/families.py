@@ -1,4 +1,4 @@
-"""Rules shared by both dialects: each takes values and literals already read from a node, so that a dialect's table only has to name them."""
+"""Rules shared by both dialects: each takes values and literals already read from a node; a dialect's table only names them."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def reduce(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool, neutral
 
 
 def along(engine: Engine, x: Value, axes: Sequence[int], neutral: str) -> None:
-    """The shape stays; each result along the axes depends on all of them (softmax: "-inf", norms: "renorm", cumsum: "zero", flips: "fixed")."""
+    """The shape stays; each result depends on all along the axes (softmax: "-inf", norms: "renorm", cumsum: "zero", flips: "fixed")."""
     out, dims = out_of(engine), engine.axes(x)
     over = [dims[a] for a in axes]
     for axis in over:
@@ -278,7 +278,7 @@ def indexed_by(engine: Engine, indices: Value, length: int) -> Axis:
 
 
 def matmul(engine: Engine, a: Value, b: Value, names: tuple[str, str]) -> None:
-    """numpy-style matmul. A product of two activations is attention-like: its batch axes are heads, its contraction and columns head dims."""
+    """numpy-style matmul. A product of two activations is attention-like: batch axes are heads, contraction and columns head dims."""
     ra, rb = len(a.shape or ()), len(b.shape or ())
     left = "k" if ra == 1 else "... m k"
     right = "k" if rb == 1 else "... k n" if rb > 2 else "k n"

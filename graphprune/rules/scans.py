@@ -9,8 +9,10 @@ from graphprune.rules.aten_elementwise import Rule
 from graphprune.rules.engine import Engine
 
 
-def _scan(engine: Engine, node: Node, x: str, shared: str, per_head: str, states: str, sizes: Mapping[str, int], marks: Mapping[str, str]) -> None:
-    """y = C (B x + what is left of the initial state) + D x, and the final state. The step sizes and A only say how fast the state decays."""
+def _scan(
+    engine: Engine, node: Node, x: str, shared: str, per_head: str, states: str, sizes: Mapping[str, int], marks: Mapping[str, str]
+) -> None:
+    """y = C (B x + what is left of the initial state) + D x, and the final state. Step sizes and A only say how fast it decays."""
     initial = node["initial_state"]
     terms = [f"x[{x}] B[{shared}] C[{shared}]"]
     terms += [f"D[{per_head}] x[{x}]"] * isinstance(node["D"], Value)

@@ -1,7 +1,7 @@
 """The masked network: the original graph with the removed units neutralised. It shares no slicing code with surgery.
 
-Every member slice (writer, reader, carrier, folded constant) is zero. Where an op reduces or normalises over a cut axis itself, zero is not neutral: softmax, max and
-top-k get minus infinity there, means and norms take their statistics over the kept positions.
+Every member slice (writer, reader, carrier, folded constant) is zero. Where an op reduces or normalises over a cut axis itself, zero is
+not neutral: softmax, max and top-k get minus infinity there, means and norms take their statistics over the kept positions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,29 @@ Gone = dict[int, torch.Tensor]  # axis -> boolean (size,): positions that are re
 Neutral = Callable[[Mapping[str, Any], Gone, Compute], tuple[Any, ...]]
 
 
-def run_masked(program: Program, cut: Cut, inputs: Sequence[Any], dtype: torch.dtype | None = torch.float64, tensors: Mapping[Value, torch.Tensor] | None = None) -> list[Any]:
+def run_masked(
+    program: Program,
+    cut: Cut,
+    inputs: Sequence[Any],
+    dtype: torch.dtype | None = torch.float64,
+    tensors: Mapping[Value, torch.Tensor] | None = None,
+) -> list[Any]:
     """Outputs of the original network with the removed units of `cut` neutralised, at the original shapes."""
     over = _reduced_axes(cut)
-    weights = {v: _zeroed(t, _gone(cut, v)) for v in program.weights.values() if (t := (tensors or {}).get(v, v.tensor)) is not None and t.is_floating_point()}
+    weights = {
+        v: _zeroed(t, _gone(cut, v))
+        for v in program.weights.values()
+        if (t := (tensors or {}).get(v, v.tensor)) is not None and t.is_floating_point()
+    }
 
     def intercept(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
         for value in node.inputs:
-            if value.kind is Kind.CONSTANT and value.dtype is not None and value.dtype.is_floating_point and (gone := _gone(cut, value, node)):
+            if (
+                value.kind is Kind.CONSTANT
+                and value.dtype is not None
+                and value.dtype.is_floating_point
+                and (gone := _gone(cut, value, node))
+            ):
                 args = {k: _replaced(node.args[k], args[k], value, gone) for k in args}
         if node in cut.bypassed:
             end = cut.bypassed[node].end
@@ -37,7 +52,9 @@ def run_masked(program: Program, cut: Cut, inputs: Sequence[Any], dtype: torch.d
             gone = over[node]
             style = NEUTRAL.get(node.op)
             if style is None:
-                raise VerificationFailed(f"{node.op_type} at {node.name} runs over a cut axis and has no neutral form in graphprune.verify.masking.NEUTRAL")
+                raise VerificationFailed(
+                    f"{node.op_type} at {node.name} runs over a cut axis and has no neutral form in graphprune.verify.masking.NEUTRAL"
+                )
             return style(args, gone, compute)
         if node.op in UNDEFINED_AT_ZERO and (gone := _gone(cut, node.outputs[0])):
             return tuple(_filled_where_undefined(result, gone) for result in compute(args))
@@ -151,7 +168,14 @@ def as_is(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, .
     return compute(args)
 
 
-def normalised(x: str, weight: str, bias: str, centred: bool, axes: Callable[[Mapping[str, Any]], Sequence[int]], eps: Callable[[Mapping[str, Any]], float]) -> Neutral:
+def normalised(
+    x: str,
+    weight: str,
+    bias: str,
+    centred: bool,
+    axes: Callable[[Mapping[str, Any]], Sequence[int]],
+    eps: Callable[[Mapping[str, Any]], float],
+) -> Neutral:
     """(x - mean) / sqrt(var + eps) * weight + bias with statistics over kept positions; removed positions are zero."""
 
     def neutral(args: Mapping[str, Any], gone: Gone, compute: Compute) -> tuple[Any, ...]:
@@ -217,7 +241,10 @@ def _aten_eps(args: Mapping[str, Any]) -> float:
 _INDEXED = ("index", "index_select", "gather", "take_along_dim", "embedding", "_grouped_mm")
 
 NEUTRAL: dict[tuple[str, str], Neutral] = {
-    **{("aten", op): fill(-torch.inf) for op in ("softmax", "_softmax", "_safe_softmax", "special_softmax", "topk", "argmax", "amax", "max", "logsumexp")},
+    **{
+        ("aten", op): fill(-torch.inf)
+        for op in ("softmax", "_softmax", "_safe_softmax", "special_softmax", "topk", "argmax", "amax", "max", "logsumexp")
+    },
     **{("aten", op): zero_after(fill(-torch.inf)) for op in ("log_softmax", "_log_softmax")},
     **{("aten", op): fill(torch.inf) for op in ("amin", "min", "argmin")},
     **{("aten", op): only_kept for op in ("mean", "var", "std", "var_mean", "std_mean", "any", "all")},
@@ -229,6 +256,7 @@ NEUTRAL: dict[tuple[str, str], Neutral] = {
     **{("aten", op): normalised("input", "weight", "bias", False, _trailing, _aten_eps) for op in ("rms_norm", "_fused_rms_norm")},
     **{("aten", op): _group_norm for op in ("group_norm", "native_group_norm")},
 }
+
 
 def _onnx_after(args: Mapping[str, Any]) -> range:
     return range(args["axis"] % args["X"].dim(), args["X"].dim())
@@ -253,13 +281,19 @@ NEUTRAL |= {
     ("", "LogSoftmax"): zero_after(fill(-torch.inf)),
     **{("", op): fill(torch.inf) for op in ("ReduceMin", "ArgMin")},
     ("", "ReduceMean"): only_kept,
-    **{("", op): as_is for op in ("LSTM", "GRU", "RNN", "OneHot", "Gather", "GatherElements", "GatherND", "ScatterElements", "Scatter", "ConstantOfShape")},
+    **{
+        ("", op): as_is
+        for op in ("LSTM", "GRU", "RNN", "OneHot", "Gather", "GatherElements", "GatherND", "ScatterElements", "Scatter", "ConstantOfShape")
+    },
     ("", "LayerNormalization"): normalised("X", "Scale", "B", True, _onnx_after, lambda args: args["epsilon"]),
     ("", "RMSNormalization"): normalised("X", "scale", "", False, _onnx_after, lambda args: args["epsilon"]),
     ("", "GroupNormalization"): _onnx_group_norm,
     ("", "InstanceNormalization"): _onnx_instance_norm,
 }
 
-UNDEFINED_AT_ZERO = {("aten", op) for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy", "_weight_norm")} | {("", "Div"), ("", "Mul"), ("", "Mod")}
+UNDEFINED_AT_ZERO = {
+    ("aten", op)
+    for op in ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "mul", "multiply", "addcdiv", "xlogy", "_weight_norm")
+} | {("", "Div"), ("", "Mul"), ("", "Mod")}
 
 __all__ = ["NEUTRAL", "UNDEFINED_AT_ZERO", "run_masked", "substitute"]

@@ -1,8 +1,9 @@
-"""Brute force for dim rules: remove a unit, run the op, compare with the masked op. Ground truth is what the op computes, not what its rule says.
+"""Brute force for dim rules: remove a unit, run the op, compare with the masked op. Truth is what the op computes, not its rule.
 
-A program of one op or a few is analysed with free borders, so that its inputs are members of groups like weights. For every group and some of its units: the program
-on inputs sliced at the kept positions (with the literals that surgery recomputes) must equal the program on inputs zeroed there (with the neutral elements of
-masking), at the kept positions of every output. Wrong rules and rules that are merely too cautious are reported apart.
+A program of one op or a few is analysed with free borders, so that its inputs are members of groups like weights. For every group and
+some of its units: the program on inputs sliced at the kept positions (with the literals that surgery recomputes) must equal the program
+on inputs zeroed there (with the neutral elements of masking), at the kept positions of every output. Wrong rules and rules that are
+merely too cautious are reported apart.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ def _check_group(program: Program, analysis: Analysis, group: Group, apply: Appl
             outputs = _renumbered(program, cut, run(pruned, sliced(program, inputs, keeps), dtype=torch.float64))
             masked = run_masked(program, cut, zeroed(program, inputs, keeps), torch.float64)
         except Exception as error:  # whatever the op raises is the finding
-            yield Finding(Verdict.BROKEN, group.name, f"unit {unit}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            yield Finding(
+                Verdict.BROKEN,
+                group.name,
+                f"unit {unit}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            )
             return
         differs = difference(program, cut, outputs, masked)
         equal &= differs is None
@@ -114,7 +119,13 @@ def _check_group(program: Program, analysis: Analysis, group: Group, apply: Appl
         yield Finding(Verdict.CAUTIOUS, group.name, f"flagged approximate at {group.note}")
     for value in program.outputs:
         lies_along = any(group.atom in ax.leaves_of(axis) for axis in analysis.axes(value) or ())
-        if lies_along and value.dtype is not None and value.dtype.is_floating_point and silent[value] and group.atom not in analysis.vanish.get(value, ()):
+        if (
+            lies_along
+            and value.dtype is not None
+            and value.dtype.is_floating_point
+            and silent[value]
+            and group.atom not in analysis.vanish.get(value, ())
+        ):
             yield Finding(Verdict.CAUTIOUS, group.name, f"output {value.name} vanishes")
 
 
@@ -204,12 +215,21 @@ _UNSAFE = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))  # torch reads beyo
 
 
 def _missing(program: Program, analysis: Analysis, dense: Sequence[Any]) -> Iterator[Finding]:
-    """Frozen factors of inputs that can be removed as they stand: the untouched program on sliced inputs gives a part of the dense or of the masked result."""
+    """Frozen factors that could go: the untouched program on sliced inputs gives a part of the dense or of the masked result."""
     if any(node.op_type in _UNSAFE for node in program.nodes):
         return
-    frozen = {leaf: (v, axis) for v in reversed(program.inputs) for axis, dim in enumerate(analysis.axes(v) or ()) for leaf in ax.leaves_of(dim) if leaf.frozen is not None}
+    frozen = {
+        leaf: (v, axis)
+        for v in reversed(program.inputs)
+        for axis, dim in enumerate(analysis.axes(v) or ())
+        for leaf in ax.leaves_of(dim)
+        if leaf.frozen is not None
+    }
     for leaf, (value, axis) in frozen.items():
-        keeps = {v: {a: k for a, dim in enumerate(analysis.axes(v) or ()) if len(k := _without(dim, leaf)) < ax.size(dim)} for v in program.inputs}
+        keeps = {
+            v: {a: k for a, dim in enumerate(analysis.axes(v) or ()) if len(k := _without(dim, leaf)) < ax.size(dim)}
+            for v in program.inputs
+        }
         try:
             outputs = run(program, sliced(program, program.example_inputs, keeps), dtype=torch.float64)
             masked = run(program, zeroed(program, program.example_inputs, keeps), dtype=torch.float64)
