@@ -16,7 +16,8 @@ __all__ = ["Plan", "Program", "Result", "apply", "capture", "compile", "load", "
 class _Package(ModuleType):
     """Loads the public surface on first use: torch takes seconds, and `graphprune --help` should not.
 
-    Properties, because some functions share their name with a sub-package (`verify`, `recipes`, `plan`), which the import system would put in their place.
+    Properties, because some functions share their name with a sub-package (`verify`, `recipes`, `plan`), which the import system would
+    put in their place.
     """
 
 

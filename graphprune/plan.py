@@ -38,7 +38,9 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)  # how the plan was made; no effect on surgery
 
     @classmethod
-    def of(cls, program: Program, removed: Mapping[str, Iterable[int]], repair: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> Plan:
+    def of(
+        cls, program: Program, removed: Mapping[str, Iterable[int]], repair: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> Plan:
         """The plan that removes these units of the groups of `program`.
 
         Raises:
@@ -100,8 +102,8 @@ class Plan:
                 candidates = [g for g in groups if g.name == name and g.size == entry.size]
             if not candidates:
                 raise InvalidInput(
-                    f"group {name!r} of the plan ({entry.size} units, first member {entry.members[0][0]!r}) has no counterpart in this network; "
-                    "is it the network that the plan was made for?"
+                    f"group {name!r} of the plan ({entry.size} units, first member {entry.members[0][0]!r}) has no counterpart in this "
+                    "network; is it the network that the plan was made for?"
                 )
             out[candidates[0].name] = entry.removed
         return out
@@ -113,7 +115,10 @@ class Plan:
             "hash": self.hash,
             "repair": list(self.repair),
             "settings": dict(self.settings),
-            "groups": {n: {"size": e.size, "kind": e.kind, "removed": list(e.removed), "members": [list(m) for m in e.members]} for n, e in self.entries.items()},
+            "groups": {
+                n: {"size": e.size, "kind": e.kind, "removed": list(e.removed), "members": [list(m) for m in e.members]}
+                for n, e in self.entries.items()
+            },
         }
         return json.dumps(record, indent=1)
 
@@ -133,7 +138,8 @@ class Plan:
             record = json.loads(Path(path).read_text())
             assert record["graphprune_plan"] == FORMAT
             entries = {
-                n: Entry(g["size"], tuple(g["removed"]), g["kind"], tuple((t, a, tuple(s), h) for t, a, s, h in g["members"])) for n, g in record["groups"].items()
+                n: Entry(g["size"], tuple(g["removed"]), g["kind"], tuple((t, a, tuple(s), h) for t, a, s, h in g["members"]))
+                for n, g in record["groups"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise InvalidInput(f"{path} is not a graphprune plan (format {FORMAT}): {type(error).__name__}: {error}") from error

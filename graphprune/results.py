@@ -104,7 +104,8 @@ def _exported(result: Any, file: Path) -> ir.Model:
 @contextmanager
 def _exportable_experts(module: nn.Module) -> Iterator[None]:
     """Experts of transformers as batched products: neither their grouped kernel nor their loop has an ONNX form."""
-    configs = {id(m.config): m.config for m in module.modules() if getattr(getattr(m, "config", None), "_experts_implementation", None)}
+    held = (getattr(m, "config", None) for m in module.modules())
+    configs: dict[int, Any] = {id(config): config for config in held if getattr(config, "_experts_implementation", None)}
     before = [(config, config._experts_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -125,11 +126,11 @@ def _with_parameter_names(model: ir.Model, module: nn.Module) -> ir.Model:
     for value in list(model.graph.initializers.values()):
         candidates = by_shape.get(tuple(value.shape or ()), []) if value.name not in parameters and value.const_value is not None else []
         array = value.const_value.numpy() if candidates and value.const_value is not None else None
-        name = next((n for n in candidates if array is not None and np.array_equal(array, parameters[n].detach().cpu().mT.numpy())), None)
-        if name is not None:
+        twin = next((n for n in candidates if array is not None and np.array_equal(array, parameters[n].detach().cpu().mT.numpy())), None)
+        if twin is not None:
             del model.graph.initializers[value.name]  # type: ignore[arg-type]
-            value.name = f"{name}.T"
-            model.graph.initializers[value.name] = value
+            value.name = f"{twin}.T"
+            model.graph.initializers[f"{twin}.T"] = value
     return model
 
 
@@ -173,7 +174,7 @@ def _save_module(result: Any, folder: Path) -> None:
 
 
 def _runs_graph(written: Any) -> bool:
-    return written.how == "graph" or "graph" in written.substitutes.values()
+    return written.how == "graph" or not {"graph", "absent"}.isdisjoint(written.substitutes.values())
 
 
 def _plain(tensor: Tensor) -> Tensor:

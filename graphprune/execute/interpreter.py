@@ -58,10 +58,11 @@ def run(
 
         def compute(args: Mapping[str, Any]) -> tuple[Any, ...]:
             extra = {"run_block": run_block} if node.blocks else {}
-            call = _DOUBLE.get(node.op, node.call) if dtype is torch.float64 else node.call
+            call: Any = _DOUBLE.get(node.op, node.call) if dtype is torch.float64 else node.call
             call = _view if node.op == ("aten", "view") and "size" in args else call
             result = call(**args, **extra)
-            return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+            # integers divided by a number come out in the default dtype
+            return tuple(_cast(r, dtype) for r in (result if isinstance(result, (tuple, list)) else (result,)))
 
         results = compute(args) if intercept is None else intercept(node, args, compute)
         for value, result in zip(node.outputs, results):
