@@ -150,8 +150,9 @@ class Gate:
         roof: Roof | None = None,
     ) -> None:  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.can_measure = measure is not None or (self.device.type == "cuda" and torch.cuda.is_available())
-        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" and torch.cuda.is_available() else self.device.type
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_available()
+        self.name = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
+        self.can_measure = measure is not None or on_gpu
         self.table = table or Table(device=self.name)
         self.margin = margin
         self.measure = measure or measure_kernel
@@ -166,7 +167,9 @@ class Gate:
         sparse = [d for d in decisions if d.sparse]
         if sparse:
             return min(sparse, key=lambda d: d.sparse_us or 0.0)
-        return decisions[0] if len(decisions) == 1 else Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given")
+        if len(decisions) == 1:
+            return decisions[0]
+        return Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given")
 
     def decide_both(
         self, kernels: Iterable[Kernel], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
@@ -211,7 +214,9 @@ class Gate:
         dense = self.roof.seconds(rows * columns * element_size + moved, operations)
         return dense / self.roof.seconds(packed.bytes + moved, operations * packed.work)
 
-    def crossover(self, kernel: Kernel, make: Callable[[float], Tensor], densities: Iterable[float], tokens: Iterable[int]) -> list[Decision]:
+    def crossover(
+        self, kernel: Kernel, make: Callable[[float], Tensor], densities: Iterable[float], tokens: Iterable[int]
+    ) -> list[Decision]:
         """Decisions over densities and tokens for weights that `make(density)` draws: where on this device sparse begins to pay."""
         tokens = tuple(tokens)
         decisions = []

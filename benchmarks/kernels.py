@@ -1,11 +1,12 @@
 """Sparse kernels against dense cuBLAS and against torch's own sparse paths: correctness first, then time.
 
-    python3 benchmarks/kernels.py [--only block two_four unstructured] [--quick] [--seconds 500] [--json FILE]
+    python3 benchmarks/kernels.py [--only block two_four unstructured grouped] [--quick] [--seconds 500] [--json FILE]
 
-Each row is one weight shape (rows x columns), sparsity and number of tokens, in bf16: median time of a call inside a CUDA graph, with so many
-copies of the weight in turn that none is in the L2 cache. All tile configurations of the kernel are timed, the best once more. `bound` is
+Each row is one weight shape (rows x columns), sparsity and number of tokens, in bf16: median time of a call inside a CUDA graph, with so
+many copies of the weight in turn that none is in the L2 cache. All tile configurations of the kernel are timed, the best once more. `bound` is
 what the traffic or, for many tokens, the arithmetic would allow; `torch` is torch's own kernel for the format, where it runs.
-A row is timed only after its result agreed with float64 and was bit-equal in a second run.
+A row is timed only after its result agreed with float64 and was bit-equal in a second run. Expert products (grouped) are measured against
+torch's grouped product on slots that are sorted already; ours sorts in the time given.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.backends.kernels import KERNELS
+from graphprune.backends.kernels import KERNELS, grouped_gemm
 from graphprune.backends.kernels.base import MODEL_SHAPES, TOLERANCE, Kernel, Packed, Shape
 from graphprune.backends.timing import copies, dense_calls, time_calls
 
@@ -120,7 +122,7 @@ def cases(only: list[str], quick: bool) -> Iterator[Case]:
                     yield Case("unstructured", shape, sparsity, tokens, (), "unstructured")
 
 
-def measure(case: Case, dense: dict[tuple[str, int], float], quick: bool, log: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(case: Case, dense: dict[tuple[str, int], float], log: list[dict[str, Any]]) -> dict[str, Any]:
     """Checks and times one case; `dense` keeps the dense times between cases."""
     device = "cuda"
     kernel, shape = KERNELS[case.kernel], case.shape
@@ -158,14 +160,48 @@ def measure(case: Case, dense: dict[tuple[str, int], float], quick: bool, log: l
         "kernel": case.label, "shape": f"{shape.rows}x{shape.columns}", "sparsity": case.sparsity, "tokens": case.tokens,
         "dense_us": round(dense[key], 2), "us": round(spread.median, 2), "low": round(spread.low, 2), "high": round(spread.high, 2),
         "speedup": round(dense[key] / spread.median, 2), "torch_us": torch_us and round(torch_us, 2),
-        "bound": round(dense_bytes / packed.bytes if case.tokens < 256 else 1 / packed.density, 2), "TB/s": round(packed.bytes / spread.median / 1e6, 2),
-        "error": float(f"{found:.1e}"), "config": best, "all": {c: round(t, 2) for c, t in sorted(times.items(), key=lambda item: item[1])},
+        "bound": round(dense_bytes / packed.bytes if case.tokens < 256 else 1 / packed.work, 2),
+        "TB/s": round(packed.bytes / spread.median / 1e6, 2), "error": float(f"{found:.1e}"), "config": best,
+        "all": {c: round(t, 2) for c, t in sorted(times.items(), key=lambda item: item[1])},
     }  # fmt: skip
+
+
+def grouped_rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """Expert products of a Qwen3-30B-A3B layer (2048 -> 1536, 8 of 128 experts a token), whole and pruned to 64 experts."""
+    rows, columns, slots = 1536, 2048, 8
+    for experts in (64,) if quick else (128, 64):
+        weight = torch.randn(experts, rows, columns, dtype=torch.bfloat16, device="cuda") / columns**0.5
+        for tokens in (1, 32, 4096) if quick else (1, 8, 32, 128, 4096):
+            x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+            turns = [torch.rand(tokens, experts, device="cuda").argsort(1)[:, :slots].contiguous() for _ in range(8 if tokens < 128 else 2)]
+            touched = sum(len(ids.unique()) for ids in turns) / len(turns)
+            times = {}
+            for config in grouped_gemm.candidates(turns[0].shape, experts, x):
+                y = grouped_gemm.grouped_linear(x, weight, turns[0], config=config)
+                picked = torch.stack([x[:4].double() @ weight[e].double().T for e in range(experts)])  # (E, 4, M)
+                expected = picked[turns[0][:4], torch.arange(min(4, tokens), device="cuda")[:, None]]
+                found = float((y[:4].double() - expected).norm() / expected.norm())
+                if not found < TOLERANCE[x.dtype] or not torch.equal(y, grouped_gemm.grouped_linear(x, weight, turns[0], config=config)):
+                    raise SystemExit(f"grouped, {experts} experts, {tokens} tokens, '{config}': error {found:.2e}, or two runs differ")
+                calls = [lambda i=ids, x=x, w=weight, c=config: grouped_gemm.grouped_linear(x, w, i, config=c) for ids in turns]
+                times[config] = time_calls(calls, repeats=9).median
+            best = min(times, key=times.__getitem__)
+            order = [ids.flatten().sort(stable=True) for ids in turns]
+            sorted_x = [x[places // slots] for _, places in order]
+            ends = [torch.bincount(values, minlength=experts).cumsum(0).int() for values, _ in order]
+            calls = [lambda a=a, e=e, w=weight: torch._grouped_mm(a, w.transpose(1, 2), offs=e) for a, e in zip(sorted_x, ends)]
+            dense = time_calls(calls).median
+            moved = touched * rows * columns * 2 + tokens * slots * (rows + columns) * 2
+            yield {
+                "kernel": "grouped", "shape": f"{experts}x{rows}x{columns}", "sparsity": 1 - experts / 128, "tokens": tokens,
+                "dense_us": round(dense, 2), "us": round(times[best], 2), "speedup": round(dense / times[best], 2), "bound": None,
+                "torch_us": round(dense, 2), "TB/s": round(moved / times[best] / 1e6, 2), "error": found, "config": best, "all": times,
+            }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="*", default=["block", "two_four", "unstructured"])
+    parser.add_argument("--only", nargs="*", default=["block", "two_four", "unstructured", "grouped"])
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens")
     parser.add_argument("--seconds", type=float, default=500, help="stop after this time")
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")
@@ -174,18 +210,29 @@ def main() -> None:
         sys.exit("no CUDA device: nothing to measure (correctness on the CPU is tests/test_kernels.py)")
     begin, rows, log, dense = time.monotonic(), [], [], {}
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     header = ("kernel", "shape", "sparsity", "tokens", "dense_us", "us", "speedup", "bound", "torch_us", "TB/s", "config")
     print("".join(f"{name:>13}" for name in header[:-1]), header[-1])
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        tile = " ".join(re.sub(r"^(..)[a-z]*=", r"\1", part) for part in row["config"].split())
+        print("".join(f"{row[name]!s:>13}" for name in header[:-1]), tile, flush=True)
+        found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "log": log}
+        args.json.write_text(json.dumps(found, indent=1))
+
+    def late() -> bool:
+        return time.monotonic() - begin > args.seconds
+
     for case in cases(args.only, args.quick):
-        if time.monotonic() - begin > args.seconds:
+        if late():
             print(f"stopped after {args.seconds:.0f} s, before {case}")
             break
-        row = measure(case, dense, args.quick, log)
-        rows.append(row)
-        print("".join(f"{row[name]!s:>13}" for name in header[:-1]), " ".join(part.split("=")[0][:2] + part.split("=")[1] for part in row["config"].split()), flush=True)
-        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "log": log}, indent=1))
+        keep(measure(case, dense, log))
+    for row in grouped_rows(args.quick) if "grouped" in args.only and not late() else ():
+        keep(row)
+        if late():
+            break
 
 
 if __name__ == "__main__":

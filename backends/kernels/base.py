@@ -70,7 +70,7 @@ if interpreted():
 
     def bound(value: Any) -> int:
         """A loaded value as a loop bound: the interpreter holds scalars as arrays of one element, which newer NumPy refuses to convert."""
-        return int(value.handle.data.item())
+        return value if isinstance(value, int) else int(value.handle.data.item())
 
     def dot(a: Any, b: Any, acc: Any, PRECISION: Any) -> Any:
         """acc + a b, in float32: the interpreter keeps bfloat16 as raw bits, which its own product takes for integers."""
@@ -260,7 +260,9 @@ def check_weight(weight: Tensor) -> str | None:
     return None
 
 
-def define(name: str, reference: Callable[..., Tensor], launch: Callable[..., Tensor], expand: Callable[..., Tensor], gather: Callable[..., Tensor]) -> Any:
+def define(
+    name: str, reference: Callable[..., Tensor], launch: Callable[..., Tensor], expand: Callable[..., Tensor], gather: Callable[..., Tensor]
+) -> Any:
     """Registers `graphprune::<name>` with its fake and its gradient.
 
     `reference` and `launch` share one signature, whose annotations make the op's schema: `(x, values, ..., bias, rows, columns, ...,
@@ -275,7 +277,8 @@ def define(name: str, reference: Callable[..., Tensor], launch: Callable[..., Te
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__annotations__ = reference.__annotations__
-    op = torch.library.custom_op(f"graphprune::{name}", forward, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=()))
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    op = torch.library.custom_op(f"graphprune::{name}", forward, mutates_args=(), schema=schema)
 
     @op.register_fake
     def _(*args: Any, **kwargs: Any) -> Tensor:

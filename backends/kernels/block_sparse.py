@@ -7,9 +7,9 @@ Layout of the weight (rows M, columns K; the last block row and column are padde
 
 x: (..., K) -> y: (..., M); fp16, bf16 or fp32, sums in float32. B is 16, 32, 64 or 128. Fastest with K a multiple of 8 (16-byte rows).
 
-Few tokens: weights are traffic. A program owns `part` rows of a block row and takes `unroll` blocks at a time, each the A operand of a batched
-product whose batch is spread over the warps: rows are short enough to fill the chip without splitting a sum over programs, so the order
-of additions is fixed. Many tokens: a program owns a block row and `tokens` tokens, and reads one block of W and of x a step.
+Few tokens: weights are traffic. A program owns `part` rows of a block row and takes `unroll` blocks at a time, each the A operand of a
+batched product whose batch is spread over the warps: rows are short enough to fill the chip without splitting a sum over programs, so the
+order of additions is fixed. Many tokens: a program owns a block row and `tokens` tokens, and reads one block of W and of x a step.
 
 Source: the block-sparse row format of PyTorch (`torch.sparse._triton_ops`), with the activations left as they are instead of transposed.
 """
@@ -118,7 +118,7 @@ def gather(dense: Tensor, columns_of_blocks: Tensor, schedule: Tensor, rows: int
 
 def unpack(packed: BlockSparse) -> Tensor:
     """The dense weight."""
-    return expand(packed.values, packed.columns, packed.schedule, *packed.shape, packed.block)
+    return expand(packed.values, packed.columns, packed.schedule, *packed.shape, packed.block)  # type: ignore[call-arg]
 
 
 def reference(
@@ -258,23 +258,29 @@ def _descriptor(matrix: Tensor, *tile: int) -> object:
 
 def candidates(block: int, tokens: int, x: Tensor) -> list[str]:
     """Tiles worth timing for `tokens` rows like x, the best guess first."""
-    wide = min(FEW, max(8, 1 << max(0, tokens - 1).bit_length()))
+
+    def fits(rows: int, columns: int, width: int, stages: int) -> bool:
+        return (rows + columns) * width * x.element_size() * max(1, stages // 2) <= SHARED_BYTES
+
     if tokens <= FEW:
         early = early_launch(x.device) if not interpreted() else 0
-        return [
-            config(part=part, tokens=wide, unroll=unroll, warps=warps, stages=stages, early=early)
-            for part, unroll, warps, stages in FEW_TILES
-            if part <= block
-        ]
-    return [config(**dict(zip(MANY_NAMES, tile))) for tile in MANY_TILES if tile[0] * block <= 128 * 256]
+        wide = max(8, 1 << max(0, tokens - 1).bit_length())
+        tiles = [tile for tile in FEW_TILES if tile[0] <= block and fits(tile[0], wide, tile[1] * block, tile[3])]
+        return [config(**dict(zip(FEW_NAMES, (part, wide, *rest, early)))) for part, *rest in tiles or FEW_TILES[-1:]]
+    exact = x.element_size() == 4  # no tensor cores: smaller tiles
+    many = [t for t in MANY_TILES if fits(t[0], block, block, t[2]) and t[0] * block <= (4096 if exact else 32768) * t[1] // 4]
+    return [config(**dict(zip(MANY_NAMES, tile))) for tile in many or MANY_TILES[-1:]]
 
 
+SHARED_BYTES = 180_000  # of the 227 KiB a program may take on sm_90
 # Reading the column of a block before the block takes pipeline stages too: 3, 5 and 7 stages hold 1, 2 and 3 steps in flight.
 FEW_TILES = (  # part, unroll, warps, stages
     (32, 1, 1, 9), (32, 1, 1, 7), (16, 1, 1, 9), (16, 2, 2, 9), (32, 2, 2, 7), (64, 1, 1, 9),
+    (16, 1, 1, 3),
 )  # fmt: skip
 MANY_TILES = (  # tokens, warps, stages, swap, tma
     (256, 4, 7, 0, 1), (256, 4, 3, 0, 1), (128, 4, 5, 1, 1), (128, 4, 7, 0, 1), (256, 4, 5, 0, 1), (128, 4, 5, 0, 0),
+    (64, 4, 3, 0, 0), (32, 4, 3, 0, 0),
 )  # fmt: skip
 
 

@@ -2,16 +2,20 @@
 
 Layout of the weight (rows M, columns K), in tiles of 64 rows by 256 columns, padded with zeros, each tile one piece of memory:
     values: (row tiles, column tiles, 2, 64, 64) in x's dtype: the first and the second kept weight of each group of four; a group with
-        fewer holds zeros
+        fewer holds -0.0, by which a gradient knows what was pruned
     flags: (row tiles, column tiles, 64, 8) int32: a word for each eight groups, with four flags a group, "weight j is kept". Flag j of
         group 2 i + h stands at bit 16 h + (7, 15, 6, 14)[j] - 2 i. So one byte permutation that repeats sign bits makes of a shifted word
         two masks for registers of two neighbouring values; plain shifts, masks and products do the same.
+A tile is a matrix of 64 x 8 words of 32 columns. Memory holds it in another order: with bits of the row r5..r0 and of the word c2..c0, line
+and word in memory are (c2 r3 r5 r4 r2 r1) and (r0 c1 c0). Then what a thread reads, 16 bytes a line, is what the tensor cores want of that
+thread: a product may take its columns in any order, if x comes in the same, and nothing has to move between threads.
 
-x: (..., K) -> y: (..., M); fp16, bf16 or fp32, sums in float32. Of 16-bit weights 9/16 of the bytes cross memory. Fastest with K a multiple of 8.
+x: (..., K) -> y: (..., M); fp16, bf16 or fp32, sums in float32. Of 16-bit weights 9/16 of the bytes cross memory. Fastest with K a
+multiple of 8.
 
 One token: each value picks its column of x by its flags, and multiplies on the ordinary cores. More tokens: values are expanded to dense
-tiles in registers, two at a time by masks alone, and multiplied on the tensor cores. Rows too few to fill the chip split K; the parts are
-added in a fixed order by a second kernel.
+tiles in registers, two at a time by masks alone, and stay there as operands of the tensor cores; x is put in order while it is read, or by
+a kernel before. Rows too few to fill the chip split K; the parts are added in a fixed order by a second kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from graphprune.backends.kernels.base import (
 )
 from graphprune.errors import InvalidInput
 
-NAMES = ("tokens", "split", "warps", "stages", "early")  # tokens=1 is the kernel for one token
+NAMES = ("tokens", "ordered", "split", "warps", "stages", "early")  # tokens=1 is the kernel for one token
 MAX_TOKENS = 256
 ROWS, COLUMNS = 64, 256  # of a tile
 
@@ -83,17 +87,25 @@ def pack(weight: Tensor) -> TwoFour:
     groups = _tiles(weight.detach())
     kept = groups != 0
     order = torch.argsort(kept.to(torch.int8), dim=-1, descending=True, stable=True)[..., :2].sort(-1).values
-    values = groups.gather(-1, order).permute(0, 1, 4, 2, 3).contiguous()
+    values = torch.where(kept, groups, -0.0).gather(-1, order).permute(0, 1, 4, 2, 3).contiguous()
     bits = torch.zeros_like(groups, dtype=torch.int64).scatter_(-1, order, 1)
     words = (bits.unflatten(3, (-1, 8)) << _shifts(weight.device)).sum((-2, -1))
     return TwoFour((rows, columns), values, torch.where(words >= 2**31, words - 2**32, words).int())
 
 
 def _tiles(dense: Tensor) -> Tensor:
-    """(M, K) as (row tiles, column tiles, 64, 64 groups, 4), padded with zeros."""
+    """(M, K) as (row tiles, column tiles, 64 lines, 64 groups, 4), padded with zeros."""
     padded = torch.nn.functional.pad(dense, (0, -dense.shape[1] % COLUMNS, 0, -dense.shape[0] % ROWS))
-    tiles = padded.reshape(padded.shape[0] // ROWS, ROWS, padded.shape[1] // COLUMNS, COLUMNS).transpose(1, 2)
-    return tiles.unflatten(3, (-1, 4))
+    high, wide = padded.shape[0] // ROWS, padded.shape[1] // COLUMNS
+    bits = padded.reshape(high, 4, 2, 4, 2, wide, 2, 4, 32)  # tile, r5 r4, r3, r2 r1, r0, tile, c2, c1 c0, column
+    return bits.permute(0, 5, 6, 2, 1, 3, 4, 7, 8).reshape(high, wide, ROWS, COLUMNS // 4, 4)
+
+
+def _matrix(tiles: Tensor) -> Tensor:
+    """The reverse of `_tiles`, with the padding."""
+    high, wide = tiles.shape[:2]
+    bits = tiles.reshape(high, wide, 2, 2, 4, 4, 2, 4, 32)
+    return bits.permute(0, 4, 3, 5, 6, 1, 2, 7, 8).reshape(high * ROWS, wide * COLUMNS)
 
 
 def _shifts(device: torch.device) -> Tensor:
@@ -112,12 +124,13 @@ def expand(values: Tensor, flags: Tensor, rows: int, columns: int, **_: object) 
     """The dense weight (rows, columns)."""
     high, wide = values.shape[:2]
     groups = values.new_zeros(high, wide, ROWS, COLUMNS // 4, 4).scatter(-1, _places(flags), values.permute(0, 1, 3, 4, 2))
-    return groups.flatten(3).transpose(1, 2).reshape(high * ROWS, wide * COLUMNS)[:rows, :columns]
+    return _matrix(groups)[:rows, :columns]
 
 
-def gather(dense: Tensor, flags: Tensor, **_: object) -> Tensor:
-    """The kept entries of a dense (rows, columns) tensor, laid out as `values`."""
-    return _tiles(dense).gather(-1, _places(flags)).permute(0, 1, 4, 2, 3)
+def gather(dense: Tensor, values: Tensor, flags: Tensor, **_: object) -> Tensor:
+    """The kept entries of a dense (rows, columns) tensor, laid out as `values`; zero elsewhere."""
+    found = _tiles(dense).gather(-1, _places(flags)).permute(0, 1, 4, 2, 3)
+    return found.masked_fill((values == 0) & torch.signbit(values), 0.0)
 
 
 def unpack(packed: TwoFour) -> Tensor:
@@ -215,7 +228,8 @@ def _one_kernel(
         k = step * 128 + tl.arange(0, 128)
         xs = tl.load(x + k, mask=2 * k < K, other=0)
         word = tl.reshape(tl.broadcast_to(word[:, :, None], (64, 8, 4)), (64, 32))
-        x01, x23 = tl.split(tl.broadcast_to(tl.reshape(xs, (1, 32, 2, 2)), (64, 32, 2, 2)))  # (row, pair, group of the pair)
+        xs = tl.broadcast_to(tl.reshape(xs, (2, 1, 1, 16, 2, 2)), (2, 32, 2, 16, 2, 2))  # (c2, rows, r0, pairs, group of the pair, j / 2)
+        x01, x23 = tl.split(tl.reshape(xs, (64, 32, 2, 2)))
         even01, odd01 = tl.split(x01)
         even23, odd23 = tl.split(x23)
         a0, a1 = _floats(even01, DTYPE)
@@ -231,37 +245,63 @@ def _one_kernel(
         acc += bv1 * tl.where((word & (0x40000000 >> shift)) != 0, b3, tl.where((word & (0x400000 >> shift)) != 0, b2, b1))
     if EARLY:
         gdc_launch_dependents()
-    out = tile * 64 + row
+    total = tl.sum(tl.sum(tl.reshape(acc, (2, 32, 2, 16)), 3), 0)  # (r3 r5 r4 r2 r1, r0)
+    high = tl.arange(0, 32)[:, None]
+    out = tile * 64 + high // 4 % 4 * 16 + high // 16 * 8 + high % 4 * 2 + tl.arange(0, 2)[None, :]
     place = out if SPLIT == 1 else tl.program_id(1) * M + out
-    _finish(y, bias, tl.sum(acc, 1), place, out, M, out < M, SPLIT, ACTIVATION)
+    _finish(y, bias, total, place, out, M, out < M, SPLIT, ACTIVATION)
+
+
+@jit
+def _order(k):
+    """The column of a tile that a product takes at place k; bits of k from the highest: c2, group in the word, j / 2, c1 c0, j % 2."""
+    return k // 128 * 128 + k // 2 % 4 * 32 + k // 16 % 8 * 4 + k // 8 % 2 * 2 + k % 2
+
+
+@jit
+def _order_kernel(
+    x,  # (N, K), rows stride_x apart
+    ordered,  # (N, column tiles, 256): tiles of x in the order of the products, zero past K
+    K, stride_x, wide,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, 256)
+    column = tl.program_id(0) * 256 + _order(k)
+    token = tl.program_id(1).to(tl.int64)
+    if EARLY:
+        gdc_wait()
+    xs = tl.load(x + token * stride_x + column, mask=column < K, other=0.0)
+    tl.store(ordered + (token * wide + tl.program_id(0)) * 256 + k, xs)
+    if EARLY:
+        gdc_launch_dependents()
 
 
 @jit
 def _kernel(
-    x,  # (N, K), rows stride_x apart
+    x,  # (N, K), rows stride_x apart; with ORDERED (N, column tiles, 256), see above
     values,  # (row tiles, column tiles, 2, 64, 64); 16-bit values as pairs, (..., 64, 32) int32
     flags,  # (row tiles, column tiles, 64, 8) int32
     bias,  # (M,) or None
     y,  # (N, M); with SPLIT > 1 (SPLIT, N, M) float32 without epilogue
     N, M, K, stride_x,
-    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
+    ORDERED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 32 if PAIRED else 64  # elements of a row of values in a tile
     DTYPE: tl.constexpr = x.dtype.element_ty
     tile = tl.program_id(0)
     row = tl.arange(0, 64)
     element = tl.arange(0, WIDTH)
-    # Products may take the columns of a tile in any order: this one puts the 8 columns that a thread stores at once beside those of its
-    # neighbours in the row, so that they fall into different banks of shared memory.
     column = tl.arange(0, 256)
-    column = column // 8 % 8 * 32 + column // 64 * 8 + column % 8
+    if not ORDERED:
+        column = _order(column)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     wide = tl.cdiv(K, 256)
     per_split = tl.cdiv(wide, SPLIT)
     value = values + tile.to(tl.int64) * wide * (128 * WIDTH) + row[:, None] * WIDTH + element[None, :]
     flag = flags + tile.to(tl.int64) * wide * 512 + row[:, None] * 8 + tl.arange(0, 8)[None, :]
     xs_place = x + token.to(tl.int64)[:, None] * stride_x + column[None, :]
+    present = tl.broadcast_to((token < N)[:, None], (TOKENS, 256))
     acc = tl.zeros((64, TOKENS), dtype=tl.float32)
     if EARLY:
         gdc_wait()
@@ -271,7 +311,10 @@ def _kernel(
         word = tl.load(flag + step * 512)
         v0 = tl.load(value + step * (128 * WIDTH))
         v1 = tl.load(value + step * (128 * WIDTH) + 64 * WIDTH)
-        xs = tl.load(xs_place + step * 256, mask=(token < N)[:, None] & (step * 256 + column < K)[None, :], other=0.0)
+        if WHOLE:
+            xs = tl.load(xs_place + step * 256, mask=present, other=0.0)
+        else:
+            xs = tl.load(xs_place + step * 256, mask=present & (step * 256 + column < K)[None, :], other=0.0)
         word = tl.reshape(tl.broadcast_to(word[:, :, None], (64, 8, WIDTH // 8)), (64, WIDTH))
         if PAIRED:
             m0, m1, m2, m3 = _masks(word, tl.broadcast_to((element % 4)[None, :], (64, WIDTH)), ASM)
@@ -281,7 +324,7 @@ def _kernel(
             a3, b3 = _halves(v1 & m3, DTYPE)
             even = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # (row, pair, j / 2, j % 2)
             odd = tl.join(tl.join(b0, b2), tl.join(b1, b3))
-            w = tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3))
+            w = tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3))  # (line, pair, group of the pair, j / 2, j % 2)
         else:
             shift = (16 * (element % 2) - 2 * (element % 8 // 2))[None, :]
             zero = tl.zeros_like(v0)
@@ -292,7 +335,8 @@ def _kernel(
             w2 = tl.where(((word >> (shift + 6)) & 1) != 0, tl.where(has3, v0, v1), zero)
             w3 = tl.where(has3, v1, zero)
             w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        w = tl.permute(tl.reshape(w, (64, 8, 4, 8)), (0, 2, 1, 3))
+        w = tl.reshape(w, (2, 2, 4, 4, 2, 4, 8, 2, 2))  # c2, r3, r5 r4, r2 r1, r0, c1 c0, group in the word, j / 2, j % 2
+        w = tl.permute(w, (2, 1, 3, 4, 0, 6, 7, 5, 8))
         acc = dot(tl.reshape(w, (64, 256)), tl.trans(xs), acc, PRECISION)
     if EARLY:
         gdc_launch_dependents()
@@ -323,10 +367,17 @@ def launch(
                 x2.view(torch.int32), values.view(torch.int32), flags, bias, out, rows, columns, DTYPE=_TRITON_TYPES[x.dtype], **shared
             )
         else:
-            wide = max(16, tile["tokens"])
+            wide, ordered = max(16, tile["tokens"]), bool(tile["ordered"])
+            if ordered:
+                source, x2 = x2, x.new_empty(tokens, values.shape[1] * COLUMNS)
+                _order_kernel[(values.shape[1], tokens)](
+                    source, x2, columns, source.stride(0), values.shape[1], EARLY=early,
+                    **launch_options({"warps": 2, "early": tile["early"]}),
+                )  # fmt: skip
             _kernel[(high, split, triton.cdiv(tokens, wide))](
                 x2, values.view(torch.int32) if paired else values, flags, bias, out, tokens, rows, columns, x2.stride(0), TOKENS=wide,
-                PAIRED=paired, ASM=not interpreted() and torch.version.cuda is not None, PRECISION="tf32" if paired else "ieee", **shared,
+                PAIRED=paired, ASM=not interpreted() and torch.version.cuda is not None, WHOLE=ordered or columns % COLUMNS == 0,
+                ORDERED=ordered, PRECISION="tf32" if paired else "ieee", **shared,
             )  # fmt: skip
         if split > 1:
             add_parts(out, bias, y, activation, tile["early"])
@@ -343,14 +394,15 @@ def _one(x: Tensor) -> bool:
 
 def candidates(rows: int, columns: int, tokens: int, x: Tensor) -> list[str]:
     """Tiles worth timing for `tokens` rows like x, the best guess first."""
-    wide = 1 if tokens <= 1 else min(64, max(16, 1 << (tokens - 1).bit_length()))
+    exact = x.element_size() == 4  # no tensor cores, and twice the shared memory
+    wide = 1 if tokens <= 1 else min(16 if exact else 64, max(16, 1 << (tokens - 1).bit_length()))
     early = early_launch(x.device) if not interpreted() else 0
     tiles, steps = -(-rows // ROWS), -(-columns // COLUMNS)
     splits = [min(steps, max(1, 132 * c // tiles)) for c in (2, 4, 7)]  # c programs for each of 132 multiprocessors
     return [
-        config(tokens=w, split=split, warps=warps, stages=stages, early=early)
-        for w in dict.fromkeys((wide, max(16, wide)))
-        for warps, stages in ((4, 3), (4, 1), (4, 4), (4, 2))
+        config(tokens=w, ordered=ordered, split=split, warps=4, stages=stages, early=early)
+        for w, ordered in (((1, 0), (16, 0)) if wide == 1 else ((wide, 1), (wide, 0)))
+        for stages in ((1,) if exact else (3, 1, 2))
         for split in dict.fromkeys(splits)
     ]
 
@@ -365,7 +417,7 @@ def linear(x: Tensor, packed: TwoFour, bias: Tensor | None = None, activation: s
 
 def configs(packed: TwoFour, tokens: int) -> list[str]:
     """Tiles worth timing, the best guess first."""
-    return candidates(*packed.shape, tokens, packed.values)
+    return candidates(*packed.shape, tokens, packed.values)  # type: ignore[call-arg]
 
 
 KERNEL = Kernel("two_four", op, pack, unpack, linear, reference, configs, accepts, most_tokens=MAX_TOKENS)

@@ -141,7 +141,7 @@ def pack(weight: Tensor, tile: int = 32, walkers: int = 16, panel: int = 4096) -
 
 
 def _walk(piece: Tensor, pieces: Tensor, walkers: int) -> tuple[Tensor, Tensor]:
-    """(step, walker) of a piece among `pieces`: the first walkers take one more than the others, so that all steps but the last are full."""
+    """(step, walker) of a piece among `pieces`: the first walkers take one more, so that all steps but the last are full."""
     steps = -(-pieces // walkers)
     longer = pieces - (steps - 1) * walkers  # walkers with `steps` pieces
     late = piece >= longer * steps
@@ -366,7 +366,7 @@ def linear(x: Tensor, packed: GapCoded, bias: Tensor | None = None, activation: 
 def configs(packed: GapCoded, tokens: int) -> list[str]:
     """Tiles worth timing, the best guess first."""
     _, walkers, tile_rows = packed.starts.shape
-    return candidates(*packed.shape, packed.panel, walkers, tile_rows, tokens, packed.values)
+    return candidates(*packed.shape, packed.panel, walkers, tile_rows, tokens, packed.values)  # type: ignore[call-arg]
 
 
 KERNEL = Kernel("unstructured", op, pack, unpack, linear, reference, configs, check_weight, most_tokens=MAX_TOKENS)
