@@ -98,3 +98,16 @@ def test_onnx_takes_any_batch_and_length(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(logits), result.module(input_ids=longer).logits, atol=1e-4, rtol=1e-4)
     names = {name.removesuffix(".T") for name in gp.capture(tmp_path / "out.onnx").weights}
     assert {n for n, p in result.module.named_parameters() if p.dim() == 2} <= names
+
+
+def test_a_removed_branch_stays_away(tmp_path: Path) -> None:
+    module, ids = decoder("llama", **DECODERS["llama"])
+    program = gp.capture(module, {"input_ids": ids})
+    branch = next(g.name for g in program.groups if g.kind == "layer" and any("layers.0.self_attn" in m.tensor for m in g.members))
+    result = gp.apply(program, gp.plan(program, remove={branch: [0]}))
+    result.save(tmp_path / "out")
+    again = gp.load(tmp_path / "out")
+    assert not [name for name in again.state_dict() if "layers.0.self_attn" in name]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, result.module(input_ids=ids).logits)
+    assert torch.equal(*(m.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None) for m in (again, result.module)))

@@ -301,7 +301,7 @@ def test_a_module_that_cannot_be_copied() -> None:
     program = capture_torch(module, (x,))
     cut = cut_of(program, None)
     with pytest.raises(TypeError):
-        copied(module, named_replacements(program, apply_cut(program, cut)))
+        copied(module, named_replacements(program, cut, apply_cut(program, cut)))
 
 
 # ---- substitutes
@@ -384,7 +384,52 @@ def test_decoders_generate_with_a_cache(name: str) -> None:
 def test_fallback_of_a_decoder_returns_its_output_class() -> None:
     module, ids = decoder("llama", **DECODERS["llama"])
     result, program, cut, pruned = written(module, (), input_ids=ids, use_cache=False)
-    graph, sizes = edited_graph(copied(module, named_replacements(program, pruned)), program, cut, pruned)
+    graph, sizes = edited_graph(copied(module, named_replacements(program, cut, pruned)), program, cut, pruned)
     assert sizes == "any batch size and length"
     longer = torch.cat([ids, ids.flip(1)], 1)[:, :13]
     torch.testing.assert_close(graph(input_ids=longer).logits, result.module(input_ids=longer).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_meta_weights_are_written_back_without_a_run() -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODERS["llama"], vocab_size=97, use_cache=False)).eval()
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+    result, *_ = written(module, (), units=("neuron", "kv_group"), input_ids=ids)
+    assert result.how == "module" and "meta" in result.notes[0]
+    assert result.module.model.layers[0].self_attn.k_proj.out_features == 8 and result.module.config.num_key_value_heads == 1
+
+
+# ---- removed branches
+
+
+@pytest.mark.parametrize("name, branch", [("resnet", "body.1."), ("mobilenet", "body.2."), ("vit", "blocks.1.mlp"), ("gqa", "blocks.0.attention")])
+def test_a_removed_branch_leaves_with_its_weights(name: str, branch: str) -> None:
+    case = TINY[name]()
+    program = capture_torch(case.module, case.args)
+    group = next(g.name for g in program.groups if g.kind == "layer" and any(m.tensor.startswith(branch) for m in g.members))
+    cut = Cut(program.analysis, {group: [0]})
+    pruned = apply_cut(program, cut)
+    result = write_back(program, cut, pruned)
+    assert result.how == "module" and set(result.substitutes.values()) == {"absent"}
+    (x,) = case.args
+    assert distance(outputs(result.module, x), run(pruned, [x])) < 1e-5
+    assert outputs(result.module, torch.cat([x, x]))[0].shape[0] == 2 * len(x)
+    left = set(result.module.state_dict())
+    assert not any(key.startswith(branch) and not key.endswith("scale") for key in left) and left < set(case.module.state_dict())
+    graph, _ = edited_graph(copied(case.module, {}), program, cut, pruned)
+    assert distance(outputs(graph, x), run(pruned, [x])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cache_counts_the_layers_that_are_left(name: str, layer: int) -> None:
+    module, ids = decoder(name, **DECODERS[name])
+    attention = {"llama": "model.layers.{}.", "gpt2": "transformer.h.{}."}[name].format(layer)
+    program = capture_torch(module, (), {"input_ids": ids, "use_cache": False})
+    groups = [g for g in program.groups if g.kind == "layer" and any("attn" in m.tensor and m.tensor.startswith(attention) for m in g.members)]
+    cut = Cut(program.analysis, {groups[0].name: [0]})
+    result = write_back(program, cut, apply_cut(program, cut))
+    assert result.how == "module" and cached_decoding_error(result.module, ids) == "" and result.module.config.use_cache is not False
+    cached, plain = (result.module.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, plain)

@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.analysis import analyze
+from graphprune.branches import branches
 from graphprune.capture.torch_export import TorchSource, capture_torch, from_graph_module
 from graphprune.errors import GraphPruneError, InvalidInput
 from graphprune.execute.interpreter import run
@@ -388,7 +389,14 @@ def transferred(program: Program, cut: Cut, other: Program, prefix: str = "") ->
                 removed[group.name] = gone
             break
     new = Cut(other.analysis, removed)
+    bypassed = [frozenset(value.name for value in branch.weights) for branch in cut.bypassed.values()]
+    for branch in branches(other) if bypassed else ():
+        if frozenset(prefix + value.name for value in branch.weights) in bypassed:
+            new.bypassed[branch.join] = branch
+    dropped = {prefix + value.name for branch in new.bypassed.values() for value in branch.weights}
     for name, value in other.weights.items():
+        if prefix + name in dropped:
+            continue
         if value.kind is not Kind.PARAMETER and prefix + name not in program.weights and prefix + name not in program.aliases:
             continue  # a constant of the whole graph
         for axis in range(len(value.shape or ())):

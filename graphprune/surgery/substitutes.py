@@ -6,11 +6,13 @@ rows and `out_proj` as many columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -76,6 +78,31 @@ class MultiheadAttention(nn.MultiheadAttention):
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
             total = mask if total is None else total + mask
         return total
+
+
+class Absent(nn.Module):
+    """Stands in a residual branch that was removed: returns zeros in place of the tensor that the module returned, and None for all others.
+
+    Args:
+        inputs, outputs: flat arguments and results of a call of the module.
+        spec: how the results are nested.
+        shape: of the zeros, at the sizes of that call; axes that are like those of the first input follow it.
+    """
+
+    def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any], spec: Any, shape: Sequence[int]) -> None:
+        super().__init__()
+        first = next(x for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+        self.at = next(i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.dim() == len(shape))
+        self.spec, self.count = spec, len(outputs)
+        same = [first.dim() == len(shape) and a == b == c for a, b, c in zip(first.shape, outputs[self.at].shape, shape)]
+        self.sizes = tuple(None if follows else n for follows, n in zip([*same, *[False] * len(shape)], shape))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes anything; looks at the first floating tensor only."""
+        x = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
+        leaves: list[Any] = [None] * self.count
+        leaves[self.at] = x.new_zeros([x.shape[axis] if n is None else n for axis, n in enumerate(self.sizes)])
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 def _multihead_attention(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphprune.program import Program
-from graphprune.surgery.attributes import Choice, Sizes, known, layer_edits, scope_of
+from graphprune.program import Node, Program
+from graphprune.surgery.attributes import Choice, Sizes, ancestors, known, layer_edits, scope_of
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Edit, Workspace, apply_edits, set_tensors
 from graphprune.surgery.fallback import FREEDOMS, GIVING_UP, EditedGraph, edited_graph, edited_submodule, rebound, recaptured
-from graphprune.surgery.substitutes import substitute_for
-from graphprune.verify.module import Failure, Reference
+from graphprune.surgery.substitutes import Absent, substitute_for
+from graphprune.surgery.torch_graph import sliced_weights
+from graphprune.verify.module import Failure, Reference, evaluating
 
 log = logging.getLogger("graphprune")
 
@@ -47,7 +49,7 @@ class WriteBack:
     how: str  # "module" | "graph"
     notes: tuple[str, ...] = ()
     edits: tuple[Edit, ...] = ()  # attributes that were changed
-    substitutes: Mapping[str, str] = field(default_factory=dict)  # path -> "table" | "graph": modules that another took the place of
+    substitutes: Mapping[str, str] = field(default_factory=dict)  # path -> "table" | "graph" | "absent": what took a module's place
 
 
 def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = False) -> WriteBack:
@@ -62,7 +64,7 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
     original: nn.Module = program.source.module
     if not cut.removed:
         return WriteBack(original if inplace else copied(original, {}), "module")
-    replacements = named_replacements(program, pruned)
+    replacements = named_replacements(program, cut, pruned)
     search = _Search(program, cut, pruned, replacements)
     result = search.result()
     if result.how == "graph":
@@ -74,13 +76,17 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
     return result
 
 
-def named_replacements(program: Program, pruned: Program) -> dict[str, torch.Tensor]:
+def named_replacements(program: Program, cut: Cut, pruned: Program) -> dict[str, torch.Tensor]:
     """Every name of a weight that was cut -> its new tensor, names of tied weights included."""
     named = dict(_tensors(program.source.module))
+    unread = None  # weights of removed branches are no part of the edited graph, but their modules may keep them
     by_id: dict[int, torch.Tensor] = {}
     for alias, name in (*((name, name) for name in program.weights), *program.aliases.items()):
-        new = pruned.weights[name].tensor if name in pruned.weights else None
-        if alias in named and new is not None and new is not program.weights[name].tensor:
+        old, found = program.weights[name], pruned.weights.get(pruned.aliases.get(name, name))
+        if found is None:
+            unread = unread or sliced_weights(program, cut)
+        new = unread[old] if found is None and unread else found.tensor if found else None
+        if alias in named and new is not None and new is not old.tensor:
             by_id[id(named[alias])] = new
     return {name: by_id[id(tensor)] for name, tensor in named.items() if id(tensor) in by_id}
 
@@ -111,6 +117,7 @@ class _Search:
         self.notes: list[str] = []
         self.substitutes: dict[str, str] = {}
         self.kernel_edits: list[Edit] = []
+        self.results: dict[str, Any] = {}  # what the modules asked for last returned
         self.templates: dict[tuple, Program] = {}
         self.runs, self.started, self.deadline = 0, time.process_time(), time.monotonic() + MAX_WAIT
 
@@ -130,6 +137,10 @@ class _Search:
         for choice in self.choices:
             self._set(choice)
         self._table_substitutes()
+        self._without_branches()
+        if any(value.tensor is not None and value.tensor.is_meta for value in self.program.weights.values()):
+            self.notes.append("not run against the edited graph: the weights are on the meta device")
+            return WriteBack(self.module, "module", tuple(self.notes), self._edits(), dict(self.substitutes))
         try:
             self.reference = Reference(self.program, self.pruned)
         except Exception as error:
@@ -144,6 +155,8 @@ class _Search:
         if trouble:
             return self._graph(trouble)
         trouble = self.reference.decoding_failure(self.module)
+        if trouble and "absent" in self.substitutes.values():
+            trouble = self._renumbered(trouble)
         if trouble:
             self.notes.append(f"{trouble}; generate() needs use_cache=False")
             self._switch_cache_off()
@@ -151,8 +164,9 @@ class _Search:
 
     def _edits(self) -> tuple[Edit, ...]:
         graphs = [path for path, kind in self.substitutes.items() if kind == "graph"]
+        layers = [e for e in self.layer_edits if not self._absent(e.path)]
         chosen = [c.edit for c in self.choices if c.edit.new != c.edit.old]
-        return tuple(e for e in (*self.layer_edits, *chosen, *self.kernel_edits) if e.path not in graphs)
+        return tuple(e for e in (*layers, *chosen, *self.kernel_edits) if e.path not in graphs)
 
     def _set(self, choice: Choice) -> None:
         if not isinstance(self.workspace.module(choice.path), EditedGraph):
@@ -174,6 +188,53 @@ class _Search:
                 self.workspace.replace(path, new)
                 self.substitutes[path] = "table"
                 self.notes.append(f"{path}: {type(module).__name__} gave way to a substitute with the same parameters")
+
+    def _without_branches(self) -> None:
+        """The modules of a removed residual branch give way to zeros; what else the branch consists of then runs on zeros."""
+        below: dict[str, set[Node]] = {}
+        finals = set(self.program.outputs)
+        for node in self.program.nodes:
+            for path in ancestors(scope_of(node)):
+                below.setdefault(path, set()).add(node)
+        for branch in self.cut.bypassed.values():
+            region = set(branch.region)
+            for node in self.program.nodes[::-1]:  # what only the branch reads (masks, rotary tables) belongs to it
+                uses = [user for value in node.outputs for user in value.uses]
+                if uses and region.issuperset(uses) and not finals.intersection(node.outputs):
+                    region.add(node)
+            inside = {path for path, nodes in below.items() if path and nodes <= region}
+            outermost = [path for path in inside if not any(outer in inside for outer in ancestors(path.rpartition(".")[0]))]
+            calls = self._recorded(self.program.source.module, outermost)
+            for path in outermost:
+                args, output = calls[path], self.results[path]
+                leaves, spec = pytree.tree_flatten(output)
+                first = next((tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)), None)
+                if first is None:
+                    continue
+                values = (v for node in branch.region[::-1] if node in below[path] for v in node.outputs)
+                shape = next((self.cut.shape(v) for v in values if v.shape == first), first)
+                self.workspace.replace(path, Absent(pytree.tree_leaves(args), leaves, spec, shape))
+                self.substitutes[path] = "absent"
+            self.notes.append(f"{', '.join(sorted(outermost)) or branch.join.name}: removed")
+        self.choices = [c for c in self.choices if not self._absent(c.path)]
+
+    def _renumbered(self, trouble: str) -> str:
+        """A cache counts tokens in its first layer: where that one's attention is gone, the layers that are left are counted anew."""
+        numbered = [(p, m.layer_idx) for p, m in self.module.named_modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        keys = [name for name in self.pruned.weights if re.search(r"\bk_|\bkey|qkv|c_attn|query_key", name)]
+        left = sorted({index for p, index in numbered if any(name.startswith(f"{p}.") for name in keys)})
+        for path, index in numbered:
+            if index in left:
+                self.workspace.set(path, "layer_idx", left.index(index))
+        if self.reference.decoding_failure(self.module):
+            for path, index in numbered:
+                self.workspace.set(path, "layer_idx", index)
+            return trouble
+        self.kernel_edits += [Edit(p, "layer_idx", i, left.index(i)) for p, i in numbered if i in left and i != left.index(i)]
+        return ""
+
+    def _absent(self, path: str) -> bool:
+        return any(self.substitutes.get(outer) == "absent" for outer in ancestors(path))
 
     # ---- one step
 
@@ -343,7 +404,7 @@ class _Search:
         return self.templates[key]
 
     def _recorded(self, module: nn.Module, paths: list[str]) -> dict[str, tuple[tuple, dict[str, Any]]]:
-        """Arguments of the first call of some modules, as far as the network runs."""
+        """Arguments of the first call of some modules, as far as the network runs; their results are kept in `results`."""
         found: dict[str, tuple[tuple, dict[str, Any]]] = {}
         modules = dict(module.named_modules())
 
@@ -354,9 +415,18 @@ class _Search:
 
             return hook
 
+        def keep(path: str) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                self.results.setdefault(path, output)
+
+            return hook
+
+        self.results.clear()
         handles = [modules[p].register_forward_pre_hook(listen(p), with_kwargs=True) for p in paths if p in modules]
+        handles += [modules[p].register_forward_hook(keep(p)) for p in paths if p in modules]
         try:
-            self.reference.call(module, self.reference.inputs[0])
+            with torch.no_grad(), evaluating(module):
+                module(*self.program.source.args, **self.program.source.kwargs)
         except Exception as error:  # a network that is not finished
             log.debug("recorded calls up to %s", error)
         finally:
@@ -379,6 +449,7 @@ class _Search:
         shell = getattr(self, "module", None)
         if shell is None or self.substitutes:
             shell = copied(self.program.source.module, self.replacements)
+        _drop(shell, {value.name for branch in self.cut.bypassed.values() for value in branch.weights})
         module, shapes = edited_graph(shell, self.program, self.cut, self.pruned, self.deadline)
         return WriteBack(module, "graph", (why, f"the result is the edited graph, for {shapes}"))
 
@@ -386,6 +457,14 @@ class _Search:
         for holder in (getattr(self.module, "config", None), getattr(self.module, "generation_config", None)):
             if holder is not None and hasattr(holder, "use_cache"):
                 holder.use_cache = False
+
+
+def _drop(module: nn.Module, names: set[str]) -> None:
+    """Weights that nothing reads any more."""
+    for path, part in module.named_modules():
+        for held in (part._parameters, part._buffers):
+            for name in [n for n in held if (f"{path}.{n}" if path else n) in names]:
+                del held[name]
 
 
 def _nested(path: str, other: str) -> bool:
@@ -401,7 +480,9 @@ def _transplant(original: nn.Module, result: WriteBack, replacements: Mapping[st
         apply_edits(original, result.edits)
         workspace = Workspace(original)
         for path, kind in result.substitutes.items():
-            if kind == "graph":
+            if kind == "absent":
+                workspace.replace(path, new[path])
+            elif kind == "graph":
                 shell = workspace.module(path)
                 took = new[path]
                 took._modules, took._parameters = shell._modules, shell._parameters

@@ -190,20 +190,20 @@ class Reference:
         """Layers with weights are compared call by call, modules that run a graph by what leaves them, in the order of the graph."""
         parts = dict(module.named_modules())
         layers, values = self._expected_layers
-        calls: list[tuple[int, list[torch.Tensor], list[torch.Tensor]]] = []
+        calls: list[tuple[int, bool, list[torch.Tensor], list[torch.Tensor]]] = []
         for path, part in parts.items():
             returned = heard.get(path, [])
             if hasattr(part, "edited_graph"):
                 outlets = [i for i in self._outlets.get(path, ()) if i in values]
                 if returned and outlets:
-                    calls.append((outlets[-1], [values[i] for i in outlets], returned[-1]))
+                    calls.append((outlets[-1], True, [values[i] for i in outlets], returned[-1]))
             elif not part._modules and (part._parameters or part._buffers):
-                calls += [(at, [value], tensors) for (at, value), tensors in zip(layers.get(path, ()), returned) if len(tensors) == 1]
+                calls += [(at, len(got) == 1, [value], got) for (at, value), got in zip(layers.get(path, ()), returned)]
         good, bad = -1, len(self.pruned.nodes)
-        for position, expected, got in sorted(calls, key=lambda call: call[0]):
+        for position, decisive, expected, got in sorted(calls, key=lambda call: call[0]):
             if any(self._close(t, value) for t in got for value in expected):
                 good = position
-            else:
+            elif decisive:
                 bad = position
                 break
         suspects: list[str] = []
@@ -215,6 +215,9 @@ class Reference:
                 if owner in names:
                     suspects.insert(0, names[owner])
                 frame = frame.tb_next
+            inner = f"{suspects[0]}." if suspects else ""
+            start = next((i for i, node in enumerate(self.pruned.nodes) if f"{plain(node.scope)}.".startswith(inner)), 0)
+            good = max(good, start - 1)  # what runs before the module that fails did not fail
         else:
             suspects += [plain(node.scope) for node in self.pruned.nodes[good + 1 : bad + 1][::-1]]
         around = [path.rpartition(".")[0] for path in suspects]
