@@ -114,6 +114,9 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             engine.unsupported(Reason.FIXED)
             engine.seal_indexes()
             continue
+        if not node.blocks and not any(v.shape is not None for v in node.inputs):
+            engine.unsupported(Reason.DYNAMIC)  # made of sizes that are known only when the model runs
+            continue
         rule = RULES.get(node.op)
         if node.blocks:
             _freeze_border(engine, node)

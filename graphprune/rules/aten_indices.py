@@ -253,7 +253,8 @@ INDICES: dict[str, Rule] = {
     **dict.fromkeys(("searchsorted", "bucketize"), search),
     "isin": contained,
     **dict.fromkeys(
-        ("take", "put", "masked_scatter", "masked_select", "nonzero", "nonzero_static", "embedding_bag", "_embedding_bag", "index_reduce"),
+        "take put masked_scatter masked_select nonzero nonzero_static embedding_bag _embedding_bag index_reduce "
+        "_is_all_true _is_any_true".split(),
         unsupported,
     ),
 }

@@ -293,7 +293,8 @@ def _repeat(node: Node, cut: Cut) -> Edit:
 
 def _repeat_interleave(node: Node, cut: Cut) -> Edit:
     dim = node["dim"]
-    return {"repeats": cut.shape(node.outputs[0])[dim] // cut.shape(node["self"])[dim]}
+    size = cut.shape(node.outputs[0])[dim]
+    return {"repeats": size // cut.shape(node["self"])[dim], **({"output_size": size} if node["output_size"] is not None else {})}
 
 
 def _convolution(node: Node, cut: Cut) -> Edit:
