@@ -11,6 +11,7 @@ Decode (few tokens, weights are traffic) and prefill (many, arithmetic) are two 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -231,10 +232,11 @@ def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) 
     x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=torch.float32).to(weight.dtype)
     dense_us = time_calls(dense_calls(weight, x)).median
     expected = torch.nn.functional.linear(x[:64].double(), weight.double())
-    clones = [
-        dataclasses.replace(packed, **{name: t.clone() for name, t in packed.tensors.items()})
-        for _ in range(copies(packed.bytes, weight.device))
-    ]
+    clones = [packed.clone() for _ in range(copies(packed.bytes, weight.device))]
+
+    def calls(config: str) -> list[Callable[[], Tensor]]:
+        return [functools.partial(kernel.linear, x, clone, config=config) for clone in clones]
+
     best = (float("inf"), "")
     for config in kernel.configs(packed, tokens):
         try:
@@ -242,13 +244,12 @@ def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) 
             if not error < 2 * TOLERANCE[x.dtype]:
                 log.warning("gate: %s with '%s' is off by %.1e and is left out", kernel.name, config, float(error))
                 continue
-            best = min(best, (time_calls([lambda p=p: kernel.linear(x, p, config=config) for p in clones], repeats=9).median, config))
+            best = min(best, (time_calls(calls(config), repeats=9).median, config))
         except RuntimeError as problem:  # out of shared memory, registers or memory; Triton's errors derive from it
             log.debug("gate: %s with '%s' does not run: %s", kernel.name, config, problem)
     if not best[1]:
         return Measurement(dense_us, float("inf"), "")
-    sparse_us = time_calls([lambda p=p: kernel.linear(x, p, config=best[1]) for p in clones]).median
-    return Measurement(dense_us, sparse_us, best[1])
+    return Measurement(dense_us, time_calls(calls(best[1])).median, best[1])
 
 
 def _source(kernel: Kernel) -> str:

@@ -67,4 +67,4 @@ def time_calls(calls: Sequence[Callable[[], Any]], repeats: int = 30, rounds: in
 def dense_calls(weight: Tensor, x: Tensor) -> list[Callable[[], Tensor]]:
     """y = x W^T by the vendor's library, on rotated copies of `weight`."""
     weights = [weight.clone() for _ in range(copies(weight.numel() * weight.element_size(), weight.device))]
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc, call-arg]

@@ -6,6 +6,7 @@ under TRITON_INTERPRET=1 on CPU tensors; elsewhere it runs the reference, so tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -174,6 +175,11 @@ class Packed:
     def bytes(self) -> int:
         """What one product reads of the weight."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def clone(self) -> Packed:
+        """The same weight in other memory."""
+        fields: dict[str, Any] = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **fields)
 
     @property
     def work(self) -> float:

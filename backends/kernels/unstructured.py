@@ -196,7 +196,7 @@ def gather(
 
 def unpack(packed: GapCoded) -> Tensor:
     """The dense weight."""
-    return expand(packed.values, packed.codes, packed.starts, packed.offsets, packed.order, *packed.shape, packed.panel)
+    return expand(packed.values, packed.codes, packed.starts, packed.offsets, packed.order, *packed.shape, packed.panel)  # type: ignore[misc, call-arg]
 
 
 def reference(
