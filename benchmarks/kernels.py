@@ -75,10 +75,7 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
 
 
 def rotated(kernel: Kernel, packed: Packed, x: Tensor, config: str) -> list[Callable[[], Tensor]]:
-    clones = [
-        dataclasses.replace(packed, **{name: t.clone() for name, t in packed.tensors.items()})
-        for _ in range(copies(packed.bytes, x.device))
-    ]
+    clones = [packed.clone() for _ in range(copies(packed.bytes, x.device))]
     return [lambda p=p: kernel.linear(x, p, config=config) for p in clones]
 
 
