@@ -52,9 +52,9 @@ def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any]
     if isinstance(model, Program):
         return model
     if isinstance(model, (str, os.PathLike)) and Path(model).is_dir():
-        from graphprune.checkpoints import load_checkpoint
+        from graphprune.results import load_result
 
-        model = load_checkpoint(Path(model))
+        model = load_result(Path(model))
     if not isinstance(model, nn.Module):
         from graphprune.capture.onnx_file import capture_onnx
 

@@ -63,6 +63,12 @@ def test_uneven_layers_are_recorded_and_refused_aloud(name: str, found: dict[str
         type(result.module).from_pretrained(folder)
 
 
+def test_a_saved_folder_is_captured_again(found: dict[str, tuple]) -> None:
+    result, ids, folder, _ = found["llama"]
+    program = gp.capture(folder, {"input_ids": ids})
+    assert {n: v.shape for n, v in program.weights.items()} == {n: v.shape for n, v in result.pruned.weights.items()}
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
 def test_even_layers_load_by_from_pretrained(name: str, tmp_path: Path) -> None:
     module, ids = decoder(name, **DECODERS[name])
