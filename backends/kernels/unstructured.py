@@ -210,8 +210,8 @@ def reference(
 
 @jit
 def _bits(x, token, N, stride_x, k, K):
-    """x of one token as raw 16 bits, in an int32."""
-    xs = tl.load(x + token * tl.cast(stride_x, tl.int64) + k, mask=(k < K) & (token < N), other=0.0)
+    """x of one token as raw 16 bits, in an int32; 0 for tokens past the last."""
+    xs = tl.load(x + token * tl.cast(stride_x, tl.int64) + k, mask=k < tl.where(token < N, K, 0), other=0.0)
     return xs.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
@@ -233,7 +233,7 @@ def _put(y, bias, acc, token, row, part, N, M, ROWS: tl.constexpr, WALKERS: tl.c
         total = activate(total, ACTIVATION)
     else:
         place += part.to(tl.int64) * N * M
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=(row < M) & (token < N))
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=row < tl.where(token < N, M, 0))
 
 
 @jit
