@@ -5,7 +5,7 @@ One interpreter serves certificates in float64, statistics on the way, and maske
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,52 +31,104 @@ def run(
         dtype: every floating-point tensor and every floating dtype in an argument becomes this one.
         intercept: called as `intercept(node, args, compute)` in place of every node; `compute(args)` runs it.
     """
-    tensors = tensors or {}
-    env: dict[Value, Any] = {v: _cast(x, dtype) for v, x in zip(program.inputs, inputs)}
-    last = _last_use(program)
-    held: dict[Value, torch.Tensor] = {}
+    execution, last = Execution(program, inputs, Tensors(tensors, dtype), intercept), last_use(program)
+    trains = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (tensors or {}).values())
+    with torch.enable_grad() if trains else torch.no_grad():
+        for i, node in enumerate(program.nodes):
+            execution.step(node)
+            execution.forget(last.get(i, ()))
+        return execution.outputs()
 
-    def read(leaf: Any) -> Any:
+
+class Tensors:
+    """Weights and constants as executions read them: replaced, cast, moved; each once.
+
+    Args:
+        replaced: tensors in place of the program's own; may be written while executions go on.
+        load: gives the tensor of a weight that the program holds no data of.
+    """
+
+    def __init__(
+        self,
+        replaced: Mapping[Value, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        load: Callable[[Value], torch.Tensor] | None = None,
+    ) -> None:
+        self.replaced, self.dtype, self.device, self.load = replaced or {}, dtype, device, load
+        self._held: dict[Value, Any] = {}
+
+    def __getitem__(self, value: Value) -> Any:
+        if value not in self._held:
+            tensor = self.replaced.get(value, value.tensor)
+            if self.load is not None and isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                tensor = self.load(value)
+            self._held[value] = self.cast(tensor)
+        return self._held[value]
+
+    def cast(self, x: Any) -> Any:
+        x = _cast(x, self.dtype)
+        return x.to(self.device) if self.device is not None and isinstance(x, torch.Tensor) else x
+
+    def forget(self, value: Value) -> None:
+        """It is read anew the next time."""
+        self._held.pop(value, None)
+
+
+class Execution:
+    """A run that is advanced node by node, so that several can go in lock step."""
+
+    def __init__(self, program: Program, inputs: Sequence[Any], tensors: Tensors, intercept: Intercept | None = None) -> None:
+        self.program, self.tensors, self.intercept = program, tensors, intercept
+        self._env: dict[Value, Any] = {v: tensors.cast(x) for v, x in zip(program.inputs, inputs)}
+
+    def read(self, leaf: Any) -> Any:
+        """What stands for a value, or for a literal, in this run."""
+        dtype = self.tensors.dtype
         if isinstance(leaf, Value):
-            if leaf in env:
-                return env[leaf]
-            if leaf not in held:
-                held[leaf] = _cast(tensors.get(leaf, leaf.tensor), dtype)
-            return held[leaf]
+            return self._env[leaf] if leaf in self._env else self.tensors[leaf]
         if isinstance(leaf, torch.dtype) and dtype is not None and leaf.is_floating_point:
             return dtype
+        if isinstance(leaf, torch.device) and self.tensors.device is not None:
+            return self.tensors.device
         return _cast(leaf, dtype)  # a tensor given as an attribute
 
-    def run_block(block: Block, block_inputs: Sequence[Any] = ()) -> list[Any]:
-        env.update(zip(block.inputs, block_inputs))
-        for node in block.nodes:
-            step(node)
-        return [read(v) for v in block.outputs]
+    def arguments(self, node: Node) -> Mapping[str, Any]:
+        """The arguments with which a node runs next."""
+        return substitute(node.args, self.read)
 
-    def step(node: Node) -> None:
-        args = substitute(node.args, read)
+    def step(self, node: Node) -> None:
+        """Run one node, all whose operands are there."""
+        args, dtype = self.arguments(node), self.tensors.dtype
 
         def compute(args: Mapping[str, Any]) -> tuple[Any, ...]:
-            extra = {"run_block": run_block} if node.blocks else {}
+            extra = {"run_block": self._run_block} if node.blocks else {}
             call: Any = _DOUBLE.get(node.op, node.call) if dtype is torch.float64 else node.call
             call = _view if node.op == ("aten", "view") and "size" in args else call
             result = call(**args, **extra)
             # integers divided by a number come out in the default dtype
             return tuple(_cast(r, dtype) for r in (result if isinstance(result, (tuple, list)) else (result,)))
 
-        results = compute(args) if intercept is None else intercept(node, args, compute)
+        results = compute(args) if self.intercept is None else self.intercept(node, args, compute)
         for value, result in zip(node.outputs, results):
-            env[value] = result
+            self._env[value] = result
 
-    with torch.no_grad() if not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors.values()) else torch.enable_grad():
-        for i, node in enumerate(program.nodes):
-            step(node)
-            for value in last.get(i, ()):
-                env.pop(value, None)
-        return [read(v) for v in program.outputs]
+    def forget(self, values: Iterable[Value]) -> None:
+        """Free what nothing reads any more."""
+        for value in values:
+            self._env.pop(value, None)
+
+    def outputs(self) -> list[Any]:
+        return [self.read(v) for v in self.program.outputs]
+
+    def _run_block(self, block: Block, block_inputs: Sequence[Any] = ()) -> list[Any]:
+        self._env.update(zip(block.inputs, block_inputs))
+        for node in block.nodes:
+            self.step(node)
+        return [self.read(v) for v in block.outputs]
 
 
-def _last_use(program: Program) -> dict[int, list[Value]]:
+def last_use(program: Program) -> dict[int, list[Value]]:
     """Values whose last reader is node i; those read inside bodies live to the end."""
     at: dict[Value, int] = {}
     for i, node in enumerate(program.nodes):
