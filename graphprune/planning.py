@@ -140,10 +140,12 @@ def _why(analysis: Analysis, kinds: set[str], left_out: set[str], wanted: set[st
             parts.append("targets names none that units allows")
         elif steps:
             parts.append("ratio, round_to and min_keep leave no unit to remove in any of them")
-    else:
-        frozen = Counter(why.reason.value for _, _, why in analysis.frozen_axes())
+    frozen = Counter(why.reason.value for _, _, why in analysis.frozen_axes())
+    if frozen and not steps:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in frozen.most_common(3))
-        parts.append(f"{sum(frozen.values())} weight axes are frozen" + (f": {reasons}" if reasons else ""))
+        parts.append(f"{sum(frozen.values())} weight axes are frozen: {reasons}")
+    elif not groups:
+        parts.append("the network has no floating-point weights")
     return "nothing can be pruned: " + "; ".join(parts)
 
 

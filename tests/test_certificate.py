@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from graphprune.axes import leaves_of
 from graphprune.capture.torch_export import capture_torch
@@ -104,6 +105,43 @@ def test_planted_fault_in_surgery_is_seen_and_blamed(monkeypatch: pytest.MonkeyP
     certificate = certify(original, torch_graph.apply_cut(original, cut), cut)
     assert certificate.status == "failed"
     assert certificate.notes
+
+
+class Faint(nn.Module):
+    """A gate that closes at inputs of the usual size (`threshold` > 0), or never opens (`threshold` < 0)."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.up, self.down, self.threshold = nn.Linear(4, 8), nn.Linear(8, 3), threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(200 * (self.threshold - x.square().mean(-1, keepdim=True)))
+        return x[:, :3] + gate * self.down(self.up(x))
+
+
+def faint(threshold: float) -> tuple[Program, Cut]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original = capture_torch(Faint(threshold).eval(), (torch.randn(2, 4) + 3 * torch.tensor([[1.0], [-1.0]]),))
+    return original, Cut(original.analysis, {g.name: [0, 3] for g in original.groups if g.kind != "layer"})
+
+
+def test_inputs_are_drawn_at_a_scale_at_which_the_cut_shows() -> None:
+    original, cut = faint(0.5)
+    pruned = apply_cut(original, cut)
+    certificate = certify(original, pruned, cut)
+    assert certificate.passed and certificate.effect > 1e-3 and "0.1 times the usual scale" in certificate.notes[0]
+    assert shifted_control(original, pruned, cut) > 1e-6
+    weight = pruned.weights["up.weight"]
+    with torch.no_grad():
+        weight.tensor[0, 0] += 0.01  # type: ignore[index]
+    assert certify(original, pruned, cut).status == "failed"
+
+
+def test_a_cut_that_shows_at_no_scale_is_not_tested() -> None:
+    original, cut = faint(-1.0)
+    certificate = certify(original, apply_cut(original, cut), cut)
+    assert certificate.status == "not tested" and not certificate.notes
 
 
 def test_permuting_units_changes_nothing() -> None:

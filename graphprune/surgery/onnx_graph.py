@@ -81,12 +81,11 @@ class _Surgery:
         """Constants that changed: in place where all uses want the same, else beside the old ones."""
         wanted: dict[ir.Value | None, list[tuple[ir.Node, int]]] = {}
         for operand, (old, _, _) in self._wanted.items():
-            wanted.setdefault(old, []).append(operand)
+            wanted.setdefault(_behind(old), []).append(operand)
         for old, operands in wanted.items():
             arrays = [self._wanted[operand][1] for operand in operands]
             same = all(a.shape == arrays[0].shape and a.tobytes() == arrays[0].tobytes() for a in arrays)
-            uses = {(use.node, use.idx) for use in old.uses()} if old is not None else set()
-            if old is not None and same and uses == set(operands) and not old.is_graph_output() and _contents(old) is not None:
+            if old is not None and same and _uses(old) == set(operands) and _contents(old) is not None:
                 _overwrite(old, arrays[0])
                 continue
             for node, position in operands:
@@ -241,6 +240,21 @@ class _Surgery:
                 value = graph.initializers.pop(name)
                 if value in graph.inputs:
                     graph.inputs.remove(value)
+
+
+def _behind(value: ir.Value | None) -> ir.Value | None:
+    """What a chain of `Identity` nodes passes on: exporters share equal tensors through them."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value
+
+
+def _uses(value: ir.Value) -> set[tuple[ir.Node | None, int]]:
+    """The operands that a value is, through `Identity` nodes too; None stands for an output of the graph."""
+    found: set[tuple[ir.Node | None, int]] = {(None, 0)} if value.is_graph_output() else set()
+    for use in value.uses():
+        found |= _uses(use.node.outputs[0]) if use.node.op_type == "Identity" else {(use.node, use.idx)}
+    return found
 
 
 def _graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
