@@ -1,116 +1,183 @@
-"""Our groups against Torch-Pruning's, unit by unit, on the torchvision networks without attention.
+"""Our groups against Torch-Pruning's on torchvision: unit by unit, and in parameters left.
 
-    python -m benchmarks.partition [pattern]
+    python -m benchmarks.partition [pattern ...]
 
-A unit is the set of (tensor, axis, position) entries that go together. Both partitions are restricted to entries that both tools would cut;
-they are equal when the restricted sets are. Differences are printed with the network and the tensors involved.
+A unit is the set of (tensor, axis, position) entries that go together. Both partitions are restricted to entries that both tools would cut,
+and leave out the layers that write the output; they are equal when the restricted sets are. Torch-Pruning's units are those that its pruner
+takes away at once: where a convolution has groups, one position in every group. Ours may divide such an axis by its groups as well; such a
+second division of an axis that is otherwise equal is counted apart.
+
+Parameters are those left at ratio 0.5: magnitude, local, no rounding, and our `hidden` units added where Torch-Pruning cut the residual
+stream under norms.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.apart import apart
+from benchmarks.zoo.torch_pruning import SECONDS, count, output_layers, pruner
+from tests.randomise import Case
+
 Entry = tuple[str, int, int]
-ATTENTION = ("vit", "swin", "maxvit", "mvit")
+
+ATTENTION = ("vit", "swin", "maxvit", "mvit")  # heads are a matter of hints to Torch-Pruning: not compared
+
+# What may differ although both are right, or although Torch-Pruning is not: cause -> networks. Each has a test in tests/test_partition.py.
+CAUSES: dict[str, tuple[str, ...]] = {}
 
 
-def our_units(case: Any) -> set[frozenset[Entry]]:
-    from graphprune.capture.torch_export import capture_torch
+def our_units(program: Any) -> dict[str, set[frozenset[Entry]]]:
+    """The units of each group."""
+    return {
+        group.name: {
+            frozenset((member.tensor, member.axis, int(p)) for member in group.members for p in member.index[unit])
+            for unit in range(group.size)
+        }
+        for group in program.groups
+        if group.kind != "layer"
+    }
 
-    units = set()
-    for group in capture_torch(case.module, case.args, case.kwargs).groups:
-        if group.kind == "layer":
-            continue
-        for unit in range(group.size):
-            units.add(frozenset((tensor, axis, int(p)) for tensor, axis, index in group.members for p in index[unit]))
-    return units
 
-
-def their_units(case: Any) -> set[frozenset[Entry]]:
-    import torch_pruning as tp
-
-    names = {module: name for name, module in case.module.named_modules()}
-    graph = tp.DependencyGraph().build_dependency(case.module, example_inputs=case.args[0] if len(case.args) == 1 else case.args)
+def their_units(module: nn.Module, tool: Any) -> set[frozenset[Entry]]:
+    """What Torch-Pruning's pruner would remove together."""
+    names = {part: name for name, part in module.named_modules()}
+    parameters = {part: name for name, part in module.named_parameters()}
     units: set[frozenset[Entry]] = set()
-    for group in graph.get_all_groups():
+    for group in tool.DG.get_all_groups(ignored_layers=tool.ignored_layers, root_module_types=tool.root_module_types):
+        step = len(group[0].idxs) // tool._get_channel_groups(group)
         found: dict[int, set[Entry]] = {}
         for item in group:
-            module = item.dep.target.module
-            if not isinstance(module, nn.Module) or module not in names:
+            target = item.dep.target.module
+            if isinstance(target, nn.Parameter):
+                tensors = [(parameters[target], item.dep.target.pruning_dim % target.dim(), target.shape[item.dep.target.pruning_dim])]
+            elif target in names:
+                tensors = list(_touched(names[target], target, item.dep.handler.__name__))
+            else:
                 continue
-            for tensor, axis in _touched(module, item.dep.handler.__name__):
+            for tensor, axis, length in tensors:
                 for position, root in zip(item.idxs, item.root_idxs):
-                    found.setdefault(root, set()).add((f"{names[module]}.{tensor}", axis, position))
+                    found.setdefault(root % step, set()).add((tensor, axis, position % length))
         units |= {frozenset(entries) for entries in found.values()}
     return units
 
 
-def _touched(module: nn.Module, handler: str) -> list[tuple[str, int]]:
-    """Tensors of a module that a pruning function cuts, and along which axis."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        names = ("weight", "bias", "running_mean", "running_var")
-        return [(name, 0) for name in names if getattr(module, name, None) is not None]
-    bias = [("bias", 0)] if getattr(module, "bias", None) is not None else []
-    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels and module.groups > 1
-    if depthwise:
-        return [("weight", 0), *bias]
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-        return [("weight", 0), *bias] if "out" in handler else [("weight", 1)]
-    return [("weight", 0), *bias] if hasattr(module, "weight") else []
+def _touched(name: str, module: nn.Module, handler: str) -> Iterator[tuple[str, int, int]]:
+    """Tensors of a module that a pruning function cuts, along which axis, and the length of that axis."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    depthwise = convolution and module.groups == module.out_channels > 1
+    if (convolution or isinstance(module, nn.Linear)) and "in" in handler and not depthwise:
+        axis = 0 if convolution and module.transposed else 1
+        yield f"{name}.weight", axis, module.weight.shape[axis]
+        return
+    for tensor in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(module, tensor, None) is not None:
+            axis = 1 if convolution and module.transposed and tensor == "weight" else 0
+            yield f"{name}.{tensor}", axis, getattr(module, tensor).shape[axis]
 
 
-def compare(name: str, pipe: Any) -> None:
+def prepare(name: str) -> tuple[Case, Any, dict[str, set[frozenset[Entry]]], list[nn.Module]]:
     from benchmarks.zoo_models import ROWS
+    from graphprune.capture.torch_export import capture_torch
 
     torch.set_num_threads(1)
     case = ROWS[name].build()
-    ours, theirs = our_units(case), their_units(ROWS[name].build())
-    common = set().union(*ours) & set().union(*theirs)
-    a = {cut for unit in ours if (cut := frozenset(unit & common))}
-    b = {cut for unit in theirs if (cut := frozenset(unit & common))}
-    only_theirs = {entry[0] for entry in set().union(*theirs) - common}
-    only_ours = {entry[0] for entry in set().union(*ours) - common}
-    differing = {entry[0] for unit in a ^ b for entry in unit}
-    pipe.send((len(a), len(b), len(a & b), sorted(differing)[:6], sorted(only_ours)[:6], sorted(only_theirs)[:6]))
+    program = capture_torch(case.module, case.args, case.kwargs)
+    return case, program, our_units(program), output_layers(case)
+
+
+def compare(prepared: tuple[Case, Any, dict[str, set[frozenset[Entry]]], list[nn.Module]]) -> dict[str, Any]:
+    case, program, ours, ignored = prepared
+    for parameter in case.module.parameters():
+        parameter.requires_grad_()
+    tool = pruner(case, ignored)
+    theirs = their_units(case.module, tool)
+    entries = {entry for units in ours.values() for unit in units for entry in unit}
+    common = entries & set().union(*theirs)
+    restricted = {group: {cut for unit in units if (cut := unit & common)} for group, units in ours.items()}
+    b = {cut for unit in theirs if (cut := unit & common)}
+    equal = {entry for units in restricted.values() for unit in units & b for entry in unit}
+    second = {group for group, units in restricted.items() if not units & b and all(unit <= equal for unit in units) and units}
+    a = set().union(*(units for group, units in restricted.items() if group not in second))
+    record: dict[str, Any] = {"ours": len(a), "theirs": len(b), "equal": len(a & b), "second": len(second)}
+    record["differ"] = sorted({entry[0] for unit in a ^ b for entry in unit})
+    record["only ours"] = sorted({f"{t} axis {axis}" for t, axis, _ in entries - common})
+    record["only theirs"] = sorted({f"{t} axis {axis}" for t, axis, _ in set().union(*theirs) - common})
+    return record | parameters(case, program, tool)
+
+
+def parameters(case: Case, program: Any, tool: Any) -> dict[str, Any]:
+    """Parameters before, left by Torch-Pruning, left by us."""
+    from graphprune.planning import make_plan
+    from graphprune.program import Kind
+    from graphprune.surgery import Cut, apply_cut
+    from graphprune.units import DEFAULT_UNITS
+
+    before = count(case.module)
+    stream = {(member.tensor, member.axis) for group in program.groups if group.kind == "hidden" for member in group.members}
+    tool.step()
+    sizes = {name: p.shape for name, p in case.module.named_parameters()}
+    cut_stream = any(name in sizes and sizes[name][axis] < program.weights[name].shape[axis] for name, axis in stream)
+    units = (*DEFAULT_UNITS, *["hidden"] * cut_stream)
+    plan = make_plan(program, pruning_ratio=0.5, units=units, round_to=1)
+    weights = apply_cut(program, Cut(program.analysis, plan.removed)).weights.values()
+    left = sum(v.tensor.numel() for v in weights if v.kind is Kind.PARAMETER)
+    unused = before - sum(v.tensor.numel() for v in program.weights.values() if v.kind is Kind.PARAMETER)
+    try:
+        with torch.no_grad():
+            case.module(*case.args, **case.kwargs)
+        runs = ""
+    except Exception as error:
+        runs = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return {"params": before, "ours left": left + unused, "theirs left": count(case.module), "hidden": cut_stream, "fails": runs}
 
 
 def main() -> None:
     from benchmarks.zoo_models import ROWS
 
-    pattern = sys.argv[1] if len(sys.argv) > 1 else "*"
-    equal = compared = 0
-    print(f"{'network':34} {'our units':>10} {'theirs':>8} {'equal':>8}")
+    patterns = sys.argv[1:] or ["*"]
+    equal = compared = explained = fewer = 0
+    print(f"{'network':40} {'our units':>9} {'theirs':>8} {'equal':>8} {'2nd':>4} {'params':>11} {'ours':>11} {'theirs':>11} {'ratio':>6}")
     for name in ROWS:
         short = name.removeprefix("torchvision/")
-        if short == name or not fnmatch(name, pattern) or any(word in short for word in ATTENTION):
+        if short == name or not any(fnmatch(name, p) for p in patterns) or any(word in short for word in ATTENTION):
             continue
-        context = multiprocessing.get_context("fork")
-        mine, other = context.Pipe(duplex=False)
-        process = context.Process(target=compare, args=(name, other))
-        process.start()
-        other.close()
-        try:
-            result = mine.recv() if mine.poll(60) else None
-        except EOFError:
-            result = None
-        process.kill()
-        process.join()
-        if result is None:
-            print(f"{name:34} Torch-Pruning does not finish", flush=True)
+        found = apart(compare, name, 2 * SECONDS, prepare=prepare)
+        if isinstance(found, str):
+            print(f"{name:40} {found}", flush=True)
             continue
-        a, b, same, differing, ours_only, theirs_only = result
+        cause = next((cause for cause, networks in CAUSES.items() if any(fnmatch(short, n) for n in networks)), "")
+        same = found["ours"] == found["theirs"] == found["equal"]
         compared += 1
-        equal += a == b == same
-        print(f"{name:34} {a:10} {b:8} {same:8}", *(f"differ at {', '.join(differing)}",) * bool(differing), flush=True)
-        if ours_only or theirs_only:
-            print(f"{'':34} only ours: {', '.join(ours_only) or '-'}; only theirs: {', '.join(theirs_only) or '-'}")
-    print(f"{equal} of {compared} partitions are equal")
+        equal += same
+        explained += not same and bool(cause)
+        ratio = found["ours left"] / found["theirs left"]
+        fewer += ratio <= 1.01
+        print(
+            f"{name:40} {found['ours']:9} {found['theirs']:8} {found['equal']:8} {found['second']:4} {found['params']:11} "
+            f"{found['ours left']:11} {found['theirs left']:11} {ratio:6.3f}{' hidden' if found['hidden'] else ''}",
+            flush=True,
+        )
+        if not same:
+            print(f"{'':4}differ at {_some(found['differ'])}: {cause or 'unexplained'}")
+        for side in ("only ours", "only theirs"):
+            if found[side]:
+                print(f"{'':4}{side}: {_some(found[side])}")
+        if found["fails"]:
+            print(f"{'':4}does not run after Torch-Pruning: {found['fails']}")
+    print(f"{equal} of {compared} partitions are equal, {explained} differ for a named cause; no more parameters left with ours: {fewer}")
+    for cause, networks in CAUSES.items():
+        print(f"{cause}: {', '.join(networks)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python -m benchmarks.zoo                       all rows that the results file lacks, then the table
     python -m benchmarks.zoo 'torchvision/*' hf/llama --results results/zoo.jsonl
+    python -m benchmarks.zoo --torch-pruning       Torch-Pruning on the same rows, into torch_pruning.jsonl beside the results
 
 Each row runs in a process of its own with a time limit. At ratio 0.5 with the default units, and once more with `hidden`: certificate of
 all groups at once on three inputs in float64, a negative control (one member shifted by one position must fail), and write-back. The
-results file is JSON lines, keyed by row and code version; a second run only adds what is missing.
+results file is JSON lines, keyed by row and code version; a second run only adds what is missing. Where Torch-Pruning's file lies beside
+it, the table has a column of the rows that run after Torch-Pruning.
 """
 
 from __future__ import annotations
@@ -195,20 +197,28 @@ def passed(record: dict[str, Any]) -> bool:
     )
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]], rival: dict[str, dict[str, Any]]) -> str:
+    """Rows that pass, by family, and what the others failed at; `rival` is what Torch-Pruning made of them, by name."""
     families: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         families.setdefault(record["name"].partition("/")[0] + " " + record["family"], []).append(record)
     lines = [f"{'family':34} {'rows':>5} {'passed':>7} {'module':>7} {'graph':>6} {'analysis s (max)':>17}"]
+    lines[0] += f"{'Torch-Pruning runs':>20}" if rival else ""
     for family, rows in sorted(families.items()):
         good = [r for r in rows if passed(r)]
         modules = sum(r["default"].get("module") == "module" for r in good)
         slowest = max((r.get("analysis_s", 0.0) for r in rows), default=0.0)
-        lines.append(f"{family:34} {len(rows):5} {len(good):7} {modules:7} {len(good) - modules:6} {slowest:17.2f}")
+        lines.append(f"{family:34} {len(rows):5} {len(good):7} {modules:7} {len(good) - modules:6} {slowest:17.2f}{_rival(rows, rival)}")
     good = [r for r in records if passed(r)]
-    lines.append(f"{'all':34} {len(records):5} {len(good):7}")
+    lines.append(f"{'all':34} {len(records):5} {len(good):7}{'':32}{_rival(records, rival)}")
     lines += [f"miss: {r['name']}: {verdict(r)}" for r in records if not passed(r)]
     return "\n".join(lines)
+
+
+def _rival(rows: list[dict[str, Any]], rival: dict[str, dict[str, Any]]) -> str:
+    tried = [rival[r["name"]]["status"] for r in rows if r["name"] in rival]
+    told = f"{tried.count('runs')} of {len(tried)}"
+    return f"{told:>20}" if rival else ""
 
 
 def main() -> None:
@@ -217,11 +227,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/zoo.jsonl"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--any-code", action="store_true", help="accept results of other versions of the sources")
+    parser.add_argument("--torch-pruning", action="store_true", help="run Torch-Pruning on the rows instead")
     options = parser.parse_args()
+    from benchmarks.zoo import torch_pruning
     from benchmarks.zoo_models import ROWS
 
     options.results.parent.mkdir(parents=True, exist_ok=True)
     names = [name for name in ROWS if any(fnmatch(name, pattern) for pattern in options.patterns)]
+    rival = options.results.with_name("torch_pruning.jsonl")
+    if options.torch_pruning:
+        torch_pruning.run_rows(names, rival)
+        print(torch_pruning.table([r for name, r in torch_pruning.known(rival).items() if name in names]))
+        return
     version = code_version()
 
     def known() -> dict[str, dict[str, Any]]:
@@ -230,7 +247,7 @@ def main() -> None:
         return {r["name"]: r for r in found if r["name"] in names and (options.any_code or r["code"] == version)}
 
     run_rows([name for name in names if name not in known()], options.results, options.jobs)
-    print(table([record for record in known().values()]))
+    print(table(list(known().values()), torch_pruning.known(rival)))
 
 
 if __name__ == "__main__":
