@@ -106,15 +106,17 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
         engine.node = node
         if any(v in engine.from_input for v in node.inputs) or node.blocks:
             engine.from_input.update(node.outputs)
-        if not node.blocks and all(v.shape is None or v.kind is Kind.CONSTANT for v in node.outputs):
+        sequence = node.op_type in MAKES_SEQUENCE
+        if not node.blocks and not sequence and all(v.shape is None or v.kind is Kind.CONSTANT for v in node.outputs):
             continue  # arithmetic on symbolic sizes, and what depends on nothing else
         if all(_is_empty(v) for v in node.outputs):
             continue  # nothing in it that could move
-        if any(v.shape is None for v in node.outputs) or (any(map(_is_empty, node.inputs)) and node.op_type not in TAKES_EMPTY):
+        unknown = any(v.shape is None for v in node.outputs) and not sequence
+        if unknown or (any(map(_is_empty, node.inputs)) and node.op_type not in TAKES_EMPTY):
             engine.unsupported(Reason.FIXED)
             engine.seal_indexes()
             continue
-        if not node.blocks and not any(v.shape is not None for v in node.inputs):
+        if not node.blocks and not any(v.shape is not None or v in engine.parts for v in node.inputs):
             engine.unsupported(Reason.DYNAMIC)  # made of sizes that are known only when the model runs
             continue
         rule = RULES.get(node.op)
@@ -135,9 +137,10 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
         engine.seal_indexes()
     engine.node = Node("model outputs", "", "", {}, (), call=lambda: None)
     for value in program.outputs:
-        for axis in engine.dims.get(value, ()):
-            if not free_border:
-                engine.freeze(axis, Reason.OUTPUT)
+        for axes in (engine.dims.get(value, []), *engine.parts.get(value, ())):
+            for axis in axes:
+                if not free_border:
+                    engine.freeze(axis, Reason.OUTPUT)
         if value in engine.indexes and not free_border:
             engine.freeze(engine.indexes[value], Reason.OUTPUT, "the output numbers its positions")
     analysis.groups = _groups(analysis, free_border)
@@ -156,6 +159,7 @@ def _layers(program: Program) -> list[Group]:
     return found
 
 
+MAKES_SEQUENCE = frozenset(("SplitToSequence", "SequenceConstruct", "SequenceInsert"))  # of tensors, which have shapes where it has none
 TAKES_EMPTY = frozenset(("cat", "concat", "concatenate", "hstack", "vstack", "Concat"))  # an operand without elements adds nothing
 
 

@@ -213,6 +213,25 @@ sample("Split", (3, 12, 5), Fixed([5, 7]), outputs=2, axis=1)
 sample("Split", (3, 12, 5), outputs=3, axis=1, num_outputs=3)
 sample("Split", (3, 12, 5), outputs=2, axis=-2, opset=11, split=[5, 7])
 sample("Split", (3, 12, 5), outputs=2, axis=1, opset=13)
+_at = [("SequenceAt", ["s", f"x{i}"], [f"y{i}"], {}) for i in (2, 3)]
+for _lengths in ([5, 7], 6, 7):
+    chain(
+        "SplitToSequence", [(3, 12, 5), Fixed(_lengths), Fixed(0), Fixed(-1)],
+        ("SplitToSequence", ["x0", "x1"], ["s"], {"axis": 1}), *_at, outputs=("y2", "y3"),
+    )
+chain(
+    "SequenceAt", [(3, 12, 5), Fixed([5, 7]), Fixed(1)],
+    ("SplitToSequence", ["x0", "x1"], ["s"], {"axis": 1}), _at[0], ("Relu", ["y2"], ["y"], {}),
+)
+chain(
+    "SplitToSequence", [(3, 12, 5), Fixed(6)],
+    ("SplitToSequence", ["x0", "x1"], ["s"], {"axis": 1}), ("ConcatFromSequence", ["s"], ["y"], {"axis": 2}),
+)
+chain("SequenceConstruct", [(3, 5), (3, 5), Fixed(1)], ("SequenceConstruct", ["x0", "x1"], ["s"], {}), _at[0], outputs=("y2",))
+chain(
+    "SequenceInsert", [(3, 5), (3, 5), Fixed(1)],
+    ("SequenceConstruct", ["x0"], ["r"], {}), ("SequenceInsert", ["r", "x1"], ["s"], {}), _at[0], outputs=("y2",),
+)
 sample("Slice", (3, 12, 5), Fixed([2, 1]), Fixed([9, 100]), Fixed([1, 2]))
 sample("Slice", (3, 12, 5), Fixed([0]), Fixed([100]), Fixed([1]), Fixed([3]))
 sample("Slice", (3, 12, 5), Fixed([-1]), Fixed([-100]), Fixed([1]), Fixed([-1]))
@@ -280,6 +299,7 @@ sample("Gather", (3, 11, 7), Fixed(2), axis=1)
 sample("Gather", (3, 11, 7), Fixed([3, 4, 5]), axis=1)
 sample("Gather", (3, 11, 7), Fixed([5, 2, 2]), axis=1)
 sample("Gather", (3, 11, 7), Fixed([[5, 2], [0, 1]]), axis=1)
+sample("Gather", (3, 15, 7), Fixed(np.arange(15).reshape(3, 1, 5)), axis=1)
 two: Step = ("TopK", ["x0", "x2"], ["v", "i"], {})
 chain("Gather", [(3, 5), (5, 7), Fixed([2])], two, ("Gather", ["x1", "i"], ["y"], {}), outputs=("y", "v"))
 sample("GatherElements", (3, 11, 7), ints(11, 3, 4, 7), axis=1)

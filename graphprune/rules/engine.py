@@ -38,6 +38,7 @@ class Engine:
         self.dims: dict[Value, list[Axis]] = {}
         self.constants: dict[tuple[Node, Value], list[Axis]] = {}
         self.indexes: dict[Value, Axis] = {}  # integer values that index an axis
+        self.parts: dict[Value, list[list[Axis]]] = {}  # of sequences: the axes of each tensor in it
         self.addressed: set[Value] = set()  # those that the current node uses as addresses, not as numbers
         self.counts: set[Value] = set()  # how often each unit of an axis is indexed, and prefix sums of that
         self.limits: list[tuple[Axis, int, Node]] = []  # at least this many positions must stay

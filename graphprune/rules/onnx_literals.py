@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Operands that are shapes, positions and counts rather than data: read as Python numbers, recomputed when an axis is cut.
@@ -76,6 +77,17 @@ def split_sizes(size: int, parts: int) -> list[int]:
     """Sizes of an even Split: the last part takes what is left."""
     each = -(-size // parts)
     return [min(each, size - i * each) for i in range(parts)]
+
+
+def chunk_sizes(size: int, each: int) -> list[int]:
+    """Sizes of the parts of SplitToSequence with one length: the last part takes what is left."""
+    return [min(each, size - start) for start in range(0, size, each)]
+
+
+def in_order(positions: Any, length: int) -> bool:
+    """Are constant positions all those of an axis, once each and in order? Exporters write a contiguous `as_strided` that way."""
+    at = getattr(positions, "tensor", None)
+    return at is not None and at.numel() == length and bool((at.reshape(-1).cpu() == torch.arange(length)).all())
 
 
 def slice_range(size: int, start: int, end: int, step: int) -> range:

@@ -12,7 +12,7 @@ from graphprune.program import Kind, Node, Value, leaves
 from graphprune.rules import families as fam
 from graphprune.rules.aten_elementwise import Rule
 from graphprune.rules.engine import Engine
-from graphprune.rules.onnx_literals import LITERAL_OPERANDS, ints, slice_range
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS, chunk_sizes, in_order, ints, slice_range
 
 
 def literal(operand: Any) -> list[int] | None:
@@ -96,7 +96,7 @@ def slice_(engine: Engine, node: Node) -> None:
 
 
 def gather(engine: Engine, node: Node) -> None:
-    """Constant positions are a selection or a slice; other indices address the axis."""
+    """Constant positions are a selection, a slice or another shape; other indices address the axis."""
     x, picks = node["data"], node["indices"]
     axis = node["axis"] % rank(x)
     if picks.kind is Kind.CONSTANT and rank(picks) == 0:
@@ -106,6 +106,10 @@ def gather(engine: Engine, node: Node) -> None:
         if len(at) and (at == np.arange(at[0], at[0] + len(at))).all():
             return fam.slice_(engine, x, axis, int(at[0]), int(at[-1]) + 1)
     dims = engine.axes(x)
+    if in_order(picks, sizes(x)[axis]):
+        engine.equate(dims[axis], [f for a in engine.axes(picks) for f in a])
+        engine.set(node.outputs[0], [*dims[:axis], *engine.axes(picks), *dims[axis + 1 :]])
+        return engine.flow(node.outputs[0], [x])
     if x.kind is Kind.PARAMETER and axis == 0 and picks.kind is not Kind.CONSTANT:
         engine.mark(dims[0], "vocab")
     fam.index_axis(engine, dims[axis], picks)
@@ -298,6 +302,30 @@ def generated(engine: Engine, node: Node) -> None:
     engine.flow(out, (), over=engine.axes(out) if zeros else ())
 
 
+def split_to_sequence(engine: Engine, node: Node) -> None:
+    """The parts of an axis. They are told apart again by SequenceAt; any other use of the sequence fixes them."""
+    x, sequence = node["input"], node.outputs[0]
+    dims, axis = engine.axes(x), node["axis"] % rank(x)
+    given = literal(node["split"]) or ([1] if node["split"] is None and node["keepdims"] else [])
+    uses = [use for use in sequence.uses if use.op_type != "SequenceAt" or not is_known(use["position"])]
+    if uses or not given:
+        return engine.unsupported(Reason.FIXED)
+    lengths = chunk_sizes(sizes(x)[axis], given[0]) if len(given) == 1 else given
+    parts: list[Axis] = [[] if n == 1 else [Factor(n)] for n in lengths]
+    engine.equate(dims[axis], [sum_of(parts)])
+    engine.parts[sequence] = [[part if i == axis else a for i, a in enumerate(dims)] for part in parts]
+
+
+def sequence_at(engine: Engine, node: Node) -> None:
+    sequence, position = node["input_sequence"], literal(node["position"])
+    if sequence not in engine.parts or position is None:
+        return engine.unsupported(Reason.FIXED)
+    split = sequence.producer
+    x = split["input"]
+    engine.set(node.outputs[0], engine.parts[sequence][position[0]])
+    engine.flow(node.outputs[0], [x], dropped=[engine.axes(x)[split["axis"] % rank(x)]])
+
+
 def shape_of(engine: Engine, node: Node) -> None:
     """Sizes are computed anew after a cut. Where they are used for more than shapes, the axes they measure must keep their size."""
     x = node["data"]
@@ -330,6 +358,9 @@ SHAPES: dict[str, Rule] = {
     "Transpose": transpose,
     "Concat": concat,
     "Split": split,
+    "SplitToSequence": split_to_sequence,
+    "SequenceAt": sequence_at,
+    **dict.fromkeys(("SequenceConstruct", "SequenceInsert"), fixed),
     "Slice": slice_,
     "Expand": expand,
     "Tile": tile,

@@ -15,9 +15,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from graphprune.axes import size
 from graphprune.capture.onnx_file import operand_names
 from graphprune.program import Kind, Node, Program, Value, leaves
-from graphprune.rules.onnx_literals import LITERAL_OPERANDS, ints, slice_range, split_sizes
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS, chunk_sizes, in_order, ints, slice_range, split_sizes
 from graphprune.surgery.cut import Cut
 
 Literals = dict[str, Any]  # argument -> its new value: a number, a list, an array; None where an attribute goes
@@ -157,9 +158,10 @@ class _Surgery:
                 target.replace_input_with(position, where.outputs[0])
             else:
                 like = np.asarray(argument.tensor) if isinstance(argument, Value) else np.zeros(0, np.int64)
-                shape = like.shape if like.ndim == 0 else (-1,)
+                array = np.asarray(new, dtype=like.dtype)
+                array = array.reshape(()) if like.ndim == 0 and array.size == 1 else np.atleast_1d(array)
                 stem = argument.name if isinstance(argument, Value) else f"{target.name}_{name}"
-                self._wanted[target, position] = operand, np.asarray(new, dtype=like.dtype).reshape(shape), f"{stem}_cut"
+                self._wanted[target, position] = operand, array, f"{stem}_cut"
 
     def _fresh(self, name: str) -> str:
         while name in self.names:
@@ -386,6 +388,16 @@ def _split(node: Node, cut: Cut) -> Literals:
     return _changed("split", given, sizes) | ({"num_outputs": None} if given is None else {})
 
 
+def _split_to_sequence(node: Node, cut: Cut) -> Literals:
+    parts = cut.analysis.engine.parts.get(node.outputs[0])
+    given = _numbers(node["split"])
+    if parts is None or given is None:
+        return {}
+    masks = [(cut.mask(part), part) for part in (axes[node["axis"] % len(axes)] for axes in parts)]
+    sizes = [size(part) if mask is None else int(mask.sum()) for mask, part in masks]
+    return _changed("split", given, sizes[:1] if chunk_sizes(sum(sizes), sizes[0]) == sizes and len(given) == 1 else sizes)
+
+
 def _slice(node: Node, cut: Cut) -> Literals:
     """Positions renumbered, unless the old bounds still take exactly the kept ones."""
     x = node["data"]
@@ -414,8 +426,11 @@ def _gather(node: Node, cut: Cut) -> Literals:
     """A run of constant positions is renumbered."""
     x, picks = node["data"], node["indices"]
     keep = cut.keep(x, node["axis"] % len(x.shape), node)
-    if keep is None or picks.kind is not Kind.CONSTANT or len(picks.shape) > 1:
+    if keep is None or picks.kind is not Kind.CONSTANT:
         return {}
+    if len(picks.shape) > 1:
+        whole = in_order(picks, x.shape[node["axis"] % len(x.shape)])
+        return {"indices": np.arange(len(keep)).reshape(cut.shape(picks, node))} if whole else {}
     taken = np.asarray(picks.tensor) % x.shape[node["axis"] % len(x.shape)]
     if picks.shape == ():
         return {"indices": int(np.searchsorted(keep, taken))}
@@ -489,6 +504,7 @@ LITERALS: Mapping[str, Callable[[Node, Cut], Literals]] = {
     "Expand": _target_shape("shape"),
     "ConstantOfShape": _target_shape("input"),
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
     "Slice": _slice,
     "Gather": _gather,
     "Tile": _tile,
