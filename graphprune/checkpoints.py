@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -75,11 +77,32 @@ def model_class(folder: PathLike) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtra(f'a Hugging Face checkpoint needs transformers: pip install "graphprune[hf]" ({error})') from None
-    cls = getattr(transformers, names[0], None)
+    try:
+        cls = getattr(transformers, names[0], None)
+    except (ImportError, RuntimeError) as error:  # it imports the class's file now, and torchvision with it
+        raise MissingExtra(f"transformers {transformers.__version__} cannot import {names[0]}: {_root(error)}{_torchvision()}") from error
     if cls is None:
         remote = "; it comes with code of its own, which is never run" if "auto_map" in config else ""
         raise InvalidInput(f"{folder}: transformers {transformers.__version__} has no class {names[0]}{remote}")
     return cls
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what an error came from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _torchvision() -> str:
+    """What to do where the installed torchvision was built for another torch: transformers imports it wherever it finds it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return ""
+    try:
+        importlib.import_module("torchvision")
+        return ""
+    except (ImportError, RuntimeError, OSError):
+        return f"; torchvision does not fit torch {torch.__version__}: install the one that does, or `pip uninstall torchvision`"
 
 
 def load_checkpoint(folder: PathLike) -> nn.Module:

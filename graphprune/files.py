@@ -7,6 +7,7 @@ a file has its final name already, so files that refer to each other by name (an
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from graphprune.errors import InvalidInput
 
 PathLike = str | os.PathLike[str]
 
+EARLIER = "earlier.replaced"
 MARKERS = ("plan.json", "certificate.json")  # an existing folder is replaced only if one of these shows that it is an earlier result
 
 
@@ -55,8 +57,9 @@ def atomic_dir(target: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[Pa
             _sync(file)
         _sync(fresh)
         if target.exists():
-            os.replace(target, temporary / "earlier")
-        os.replace(fresh, target)
+            _exchange(fresh, target, temporary / EARLIER)
+        else:
+            os.replace(fresh, target)
         _sync(target.parent)
 
 
@@ -109,13 +112,30 @@ def _temporary(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _exchange(fresh: Path, target: Path, earlier: Path) -> None:
+    """Put `fresh` in the place of `target`: in one step where the system has one for folders (Linux), else in two that are undone."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is not None and swap(here, os.fsencode(fresh), here, os.fsencode(target), both_ways) == 0:
+        return
+    try:
+        os.replace(target, earlier)
+        os.replace(fresh, target)
+    finally:
+        if not target.exists():
+            os.replace(earlier, target)
+
+
 def _remove_stale(target: Path) -> None:
+    """Remove what killed processes left; an output that one of them had just moved away goes back to its place."""
     prefix = f".{target.name}."
     for folder in target.parent.iterdir():
         if not (folder.name.startswith(prefix) and folder.name.endswith(".tmp")):
             continue
         pid, _, _ = folder.name[len(prefix) :].partition(".")
         if pid.isdigit() and not _alive(int(pid)):
+            if (folder / EARLIER).is_dir() and not target.exists():
+                os.replace(folder / EARLIER, target)
             shutil.rmtree(folder, ignore_errors=True)
 
 

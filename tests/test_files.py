@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from graphprune.errors import InvalidInput
-from graphprune.files import atomic_dir, atomic_path, check_output
+from graphprune.files import _exchange, atomic_dir, atomic_path, check_output
 
 
 def names(folder: Path) -> list[str]:
@@ -85,6 +85,46 @@ def test_killed_process_is_cleaned_up_after(tmp_path):
     with atomic_path(target) as path:
         path.write_bytes(b"whole")
     assert names(tmp_path) == ["out.onnx"]
+
+
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+import graphprune.files as files
+files.ctypes.CDLL = lambda name: None  # a system that cannot exchange two folders in one step
+replace = os.replace
+def stop(a, b):
+    if str(b) == sys.argv[1] and not str(a).endswith(files.EARLIER):
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    replace(a, b)
+os.replace = stop
+with files.atomic_dir(sys.argv[1]) as path:
+    (path / "plan.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGINT"])
+def test_folder_that_was_moved_away_when_the_process_ended_comes_back(tmp_path, sent):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "plan.json").write_text("earlier")
+    subprocess.run([sys.executable, "-c", KILLED_BETWEEN_RENAMES, str(target), sent], capture_output=True)
+    assert target.exists() == (sent == "SIGINT")  # undone at once where there is time for it
+    check_output(target, folder=True)
+    assert names(tmp_path) == ["out"] and (target / "plan.json").read_text() == "earlier"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
+def test_folders_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("two steps")
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", never)
+        _exchange(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
 
 
 def test_temporary_of_a_living_process_is_left_alone(tmp_path):
