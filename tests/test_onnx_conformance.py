@@ -1,92 +1,144 @@
-"""The operator tests that the onnx package ships, run through capture and the torch lowering."""
+"""The tests that the onnx package ships for backends, run through capture and the torch lowering: as they are, in float64, with gradients."""
 
 from __future__ import annotations
 
 import re
-import warnings
+from functools import cache
 
-import numpy as np
 import onnx
-import onnx_ir as ir
+import pytest
 import torch
 
+from benchmarks.onnx_conformance import KINDS, TRAINING, cases, check, outcome, outside, tensor
 from graphprune.capture.onnx_file import capture_onnx
-from graphprune.capture.onnx_types import to_torch
-from graphprune.errors import UnsupportedOp
 from graphprune.execute.interpreter import run
 from graphprune.execute.onnx_ops import ONNX_OPS
 
-# Cases that are meant to differ: pattern -> why.
+# Cases that are not passed: pattern -> why. What is left out beforehand is said by `benchmarks.onnx_conformance.outside`.
 EXPECTED = {
+    r"test_(string_|strnorm|regex_full_match|equal_string|ai_onnx_ml_label_encoder)": "torch has no strings",
+    r"test_image_decoder": "a file format, decoded before the network",
     r"test_bernoulli": "drawn from another generator",
-    r"test_not_[234]d$": "opset 1",
+    r"test_training_dropout_(default|mask)|test_training_dropout$": "noise; a network is pruned as it is run",
     r"test_resize_downsample_scales_(linear|cubic)_align_corners": "with the whole output size, as ONNX Runtime, not the fractional one",
+    r"test_PReLU_[123]d_multiparam": "opset 6: onnx's converter leaves the slope at the last axis",
 }
+# In float64 every float of the network is one: its bits are others, and a scale found on the way rounds a tie the other way.
+NOT_IN_DOUBLE = r"test_bitcast_(\w*float32_to_int32|int32_to_float32)|test_dynamicquantizelinear(_expanded)?$"
+# Differentiable in ONNX's schema, but without effect here, or given at a point where there is a kink.
+NO_GRADIENT = r"test_hardmax|test_batchnorm_\w+_training_mode"
+KINKS = (
+    r"test_(elu|leakyrelu|selu|thresholdedrelu)_example|test_reduce_min_default_axes_keepdims_example|test_mod_float_edge_cases_fmod_0"
+    r"|test_maxpool_3d_dilations|test_l2normalization_axis_0"
+)
+PARTS = 8
 
 
-def _cases():
-    from onnx.backend.test.loader import load_model_tests
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_model_tests(kind="node")
+@cache
+def _inside(kind: str):
+    return [case for case in cases((kind,)) if not outside(case.model)]
 
 
-def _operators(model: onnx.ModelProto) -> set[tuple[str, str]]:
-    return {("" if node.domain == "ai.onnx" else node.domain, node.op_type) for node in model.graph.node} - {("", "Constant")}
+@pytest.mark.parametrize("kinds, floor", [(("node",), 0.97), (KINDS[1:], 0.93)], ids=["node", "models"])
+def test_official_cases(kinds, floor):
+    found = [outcome(case) for kind in kinds for case in _inside(kind)]
+    missed = {o.case: o.why for o in found if o.state != "passed"}
+    assert {name: why for name, why in missed.items() if not any(re.match(pattern, name) for pattern in EXPECTED)} == {}
+    assert len(found) - len(missed) >= floor * len(found)
+    assert len(found) > (1800 if kinds == ("node",) else 130)
 
 
-def _tensor(array) -> torch.Tensor | None:
-    array = np.asarray(array) if isinstance(array, np.generic) else array
-    return to_torch(ir.tensor(array)) if isinstance(array, np.ndarray) and array.dtype.kind in "fiubV" else None
+@pytest.mark.parametrize("pattern", EXPECTED)
+def test_what_is_expected_to_fail_still_does(pattern):
+    states = [outcome(case).state for kind in KINDS for case in _inside(kind) if re.match(pattern, case.name)]
+    assert states and set(states) <= {"failed", "unsupported"}
 
 
-def _check(case) -> str:
-    """What is wrong with the lowering of a case, "" if nothing is.
-
-    Raises:
-        UnsupportedOp: it cannot be tried.
-    """
-    for inputs, expected in case.data_sets:
-        tensors = [_tensor(array) for array in inputs]
-        wanted = [_tensor(array) for array in expected]
-        if any(t is None for t in (*tensors, *wanted)):
-            raise UnsupportedOp("sequences, strings and missing inputs are not tried here")
-        program = capture_onnx(case.model, tensors)
-        for want, have in zip(wanted, run(program, program.example_inputs)):
-            if have.dtype != want.dtype or have.shape != want.shape:
-                return f"{have.dtype} {list(have.shape)} where {want.dtype} {list(want.shape)} is expected"
-            coarse = want.dtype in (torch.float16, torch.bfloat16)
-            a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (have, want))
-            if not torch.allclose(a, b, rtol=1e-2 if coarse else 1e-3, atol=1e-2 if coarse else 1e-5, equal_nan=True):
-                return f"values differ by {(a - b).abs().max():.2e}"
-    return ""
+def test_what_is_left_out_is_training_sequences_optionals_and_maps():
+    left_out = [case for case in cases(("node",)) if outside(case.model)]
+    assert len(left_out) < 45
+    for case in left_out:
+        kinds = {value.type.WhichOneof("value") for value in (*case.model.graph.input, *case.model.graph.output)}
+        ops = " ".join(node.op_type for node in case.model.graph.node)
+        assert kinds != {"tensor_type"} or re.search("Sequence|Optional", ops) or case.model.graph.node[0].domain == TRAINING
 
 
-def _try(case) -> str | None:
-    """As `_check`; None if torch or the lowering lacks something that the case needs."""
-    try:
-        return _check(case)
-    except UnsupportedOp:
-        return None
-    except Exception as error:
-        if "not implemented for 'UInt" in str(error):  # torch has hardly any arithmetic on uint16, uint32 and uint64
-            return None
-        return f"{type(error).__name__}: {error}"
+def _part(part: int):
+    """Every eighth case that passes."""
+    return [case for case in _inside("node")[part::PARTS] if not any(re.match(pattern, case.name) for pattern in EXPECTED)]
 
 
-def test_official_node_tests():
-    cases = [case for case in _cases() if _operators(case.model) <= set(ONNX_OPS)]
-    results = {case.name: _try(case) for case in cases}
-    wrong = {name: what for name, what in results.items() if what and not any(re.match(pattern, name) for pattern in EXPECTED)}
-    assert not wrong
-    assert sum(what == "" for what in results.values()) > 1350
-    for pattern in EXPECTED:  # an entry that no longer fails must go
-        assert any(what for name, what in results.items() if re.match(pattern, name)), pattern
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_in_float64(part):
+    """No step of a lowering forces float32: certificates in float64 are as fine as they say."""
+    wrong = {case.name: check(case, torch.float64) for case in _part(part) if not re.match(NOT_IN_DOUBLE, case.name)}
+    assert {name: why for name, why in wrong.items() if why} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_gradients_where_the_operator_has_them(part):
+    """Whatever ONNX's schema calls differentiable has the derivative that a difference in float64 finds."""
+    found = {case.name: _gradient_fault(case) for case in _part(part) if not re.match(f"{NO_GRADIENT}|{KINKS}", case.name)}
+    assert {name: why for name, why in found.items() if why} == {}
+
+
+def _differentiable(formals, names, exists) -> list[str]:
+    wanted = onnx.defs.OpSchema.DifferentiationCategory.Differentiable
+    last = len(formals) - 1  # a variadic one stands for all that follow
+    return [n for i, n in enumerate(names) if n in exists and formals[min(i, last)].differentiation_category == wanted]
+
+
+def _gradient_fault(case, step: float = 1e-6) -> str:
+    """What is wrong with the gradients of a case of one node, "" if nothing is: one direction for all operands together."""
+    graph = case.model.graph
+    node = graph.node[0]
+    schema = onnx.defs.get_schema(node.op_type, node.domain)
+    tensors = dict(zip([value.name for value in graph.input], map(tensor, case.data_sets[0][0])))
+    learned = [n for n in _differentiable(schema.inputs, node.input, tensors) if tensors[n].is_floating_point() and tensors[n].itemsize > 1]
+    if len(graph.node) > 1 or not learned or not all(tensors[n].numel() for n in learned):
+        return ""
+    program = capture_onnx(case.model, list(tensors.values()))
+    wanted = _differentiable(schema.outputs, node.output, [value.name for value in graph.output])
+    generator = torch.Generator().manual_seed(0)
+    start = {name: tensors[name].double().requires_grad_() for name in learned}
+    direction = {name: torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.1 for name, x in start.items()}
+    weights: dict[str, torch.Tensor] = {}
+
+    def total(operands) -> torch.Tensor:
+        results = dict(zip([value.name for value in graph.output], run(program, list((tensors | operands).values()), dtype=torch.float64)))
+        smooth = {n: y for n in wanted if (y := results[n]).is_floating_point() and y.itemsize > 1 and y.numel()}
+        for name, y in smooth.items():
+            weights.setdefault(name, torch.rand(y.shape, generator=generator, dtype=torch.float64))
+        return sum(((y.nan_to_num(0, 0, 0) * weights[name]).sum() for name, y in smooth.items()), torch.zeros(()))
+
+    with torch.enable_grad():
+        y = total(start)
+        if not y.requires_grad:
+            return "" if not weights else "no gradient"
+        found = torch.autograd.grad(y, list(start.values()), allow_unused=True)
+    if any(gradient is None for gradient in found):
+        return f"no gradient for {[name for name, gradient in zip(start, found) if gradient is None]}"
+    slope = float(sum((gradient * direction[name]).sum() for name, gradient in zip(start, found)))
+    with torch.no_grad():
+        ahead, behind = (float(total({n: x + sign * step * direction[n] for n, x in start.items()})) for sign in (1, -1))
+    difference = (ahead - behind) / (2 * step)
+    return (
+        ""
+        if abs(difference - slope) <= 1e-4 * max(abs(slope), abs(difference), 1e-2)
+        else f"gradient {slope:.6g}, difference {difference:.6g}"
+    )
 
 
 def test_a_wrong_lowering_is_noticed(monkeypatch):
-    case = next(case for case in _cases() if case.name == "test_relu")
-    assert _check(case) == ""
-    monkeypatch.setitem(ONNX_OPS, ("", "Relu"), lambda X: torch.relu(X) + 1)
-    assert "differ" in _check(case)
+    case = next(case for case in _inside("node") if case.name == "test_sigmoid")
+    assert check(case) == "" and _gradient_fault(case) == ""
+    monkeypatch.setitem(ONNX_OPS, ("", "Sigmoid"), lambda X: torch.sigmoid(X) + 1)
+    assert "differ" in check(case) and outcome(case).state == "failed"
+    monkeypatch.setitem(ONNX_OPS, ("", "Sigmoid"), lambda X: torch.sigmoid(X).detach())
+    assert _gradient_fault(case) == "no gradient"
+    monkeypatch.setitem(ONNX_OPS, ("", "Sigmoid"), lambda X: torch.sigmoid(X.float()).to(X.dtype))  # float32 in between
+    assert check(case) == "" and "difference" in _gradient_fault(case)
+    monkeypatch.delitem(ONNX_OPS, ("", "Sigmoid"))
+    assert outcome(case).state == "unsupported"

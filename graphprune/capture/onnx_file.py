@@ -21,10 +21,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
 
+from graphprune.capture.onnx_functions import FunctionBody, has_body
 from graphprune.capture.onnx_shapes import Run, example_tensors, shape_runs
-from graphprune.capture.onnx_types import TORCH_DTYPES, to_torch, torch_dtype
+from graphprune.capture.onnx_types import TORCH_DTYPES, same, to_torch, torch_dtype
 from graphprune.errors import InvalidInput
-from graphprune.execute.onnx_ops import lower
+from graphprune.execute.onnx_ops import ONNX_OPS, lower
 from graphprune.execute.onnx_recurrent import BODIES
 from graphprune.program import Block, Kind, Node, Program, Value, leaves
 from graphprune.rules.onnx_literals import LITERAL_OPERANDS
@@ -71,6 +72,13 @@ def capture_onnx(model: str | os.PathLike[str] | ir.Model | onnx.ModelProto, exa
         for value in dict.fromkeys(node.inputs):
             value.uses.append(node)
     return program
+
+
+def read_program(model: onnx.ModelProto) -> Program:
+    """A model as it stands: no shapes are found, nothing is folded, no weight is told from a constant."""
+    source = load_onnx(model)
+    nodes, inputs, outputs = _Reader(source.model).read(source.model.graph)
+    return Program(nodes, inputs, outputs, {}, source, ())
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------------
@@ -303,7 +311,10 @@ class _Reader:
             self.values[out] = value
             outputs.append(value)
         node = Node(name, domain, source.op_type, args, tuple(outputs), lambda **_: None, module_path(source), source, blocks)
-        call = lower(domain, source.op_type, args, len(outputs))
+        if (domain, source.op_type) not in ONNX_OPS and has_body(source, self.opsets):
+            call: Any = FunctionBody(source, self.opsets, read_program)
+        else:
+            call = lower(domain, source.op_type, args, len(outputs))
         node.call = partial(call, blocks=blocks) if blocks else call
         for value in outputs:
             value.producer = node
@@ -402,7 +413,7 @@ def _record_value(value: Value, first: Run, second: Run | None) -> None:
     if known is None:
         return
     again = second.known.get(value) if second is not None else known
-    if again is not None and known.shape == again.shape and torch.equal(known, again):
+    if again is not None and same(known, again):
         value.kind, value.tensor, value.producer, value.dynamic = Kind.CONSTANT, known, None, frozenset()
 
 
@@ -436,4 +447,3 @@ def _block_outputs(nodes: Iterable[Node]) -> Iterator[Value]:
         for block in node.blocks:
             yield from block.outputs
             yield from _block_outputs(block.nodes)
-

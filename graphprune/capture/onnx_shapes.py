@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphprune.capture.onnx_types import TORCH_DTYPES
+from graphprune.capture.onnx_types import TORCH_DTYPES, same
 from graphprune.errors import CaptureError, InvalidInput, UnsupportedOp
 from graphprune.program import Block, Kind, Node, Value, leaves, substitute
 from graphprune.rules.onnx_literals import LITERAL_OPERANDS, DataDependent, ints
@@ -119,7 +119,7 @@ class Run:
         self.shapes[value], self.dtypes[value] = shape, result.dtype
         if static and not result.is_meta:
             old = self.known.get(value)
-            if old is not None and not (old.shape == result.shape and torch.equal(old, result)):
+            if old is not None and not same(old, result):
                 self._seen_twice.add(value)
             if value not in self._seen_twice:
                 self.known[value] = result

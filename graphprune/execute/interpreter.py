@@ -32,7 +32,7 @@ def run(
         intercept: called as `intercept(node, args, compute)` in place of every node; `compute(args)` runs it.
     """
     execution, last = Execution(program, inputs, Tensors(tensors, dtype), intercept), last_use(program)
-    trains = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (tensors or {}).values())
+    trains = _wants_grad((tensors or {}).values()) or (torch.is_grad_enabled() and _wants_grad(inputs))
     with torch.enable_grad() if trains else torch.no_grad():
         for i, node in enumerate(program.nodes):
             execution.step(node)
@@ -55,7 +55,7 @@ class Tensors:
         device: torch.device | None = None,
         load: Callable[[Value], torch.Tensor] | None = None,
     ) -> None:
-        self.replaced, self.dtype, self.device, self.load = replaced or {}, dtype, device, load
+        self.replaced, self.dtype, self.device, self.load = {} if replaced is None else replaced, dtype, device, load
         self._held: dict[Value, Any] = {}
 
     def __getitem__(self, value: Value) -> Any:
@@ -87,7 +87,7 @@ class Execution:
         dtype = self.tensors.dtype
         if isinstance(leaf, Value):
             return self._env[leaf] if leaf in self._env else self.tensors[leaf]
-        if isinstance(leaf, torch.dtype) and dtype is not None and leaf.is_floating_point:
+        if isinstance(leaf, torch.dtype) and dtype is not None and leaf.is_floating_point and leaf.itemsize > 1:
             return dtype
         if isinstance(leaf, torch.device) and self.tensors.device is not None:
             return self.tensors.device
@@ -149,9 +149,13 @@ def last_use(program: Program) -> dict[int, list[Value]]:
 
 
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point():
+    if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() and x.element_size() > 1:  # float8 is a code
         return x.to(dtype)
     return x
+
+
+def _wants_grad(tensors: Iterable[Any]) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def _view(self: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

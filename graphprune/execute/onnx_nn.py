@@ -1,4 +1,4 @@
-"""ONNX operators of networks: convolution, pooling, normalisation, resizing, contraction, attention."""
+"""ONNX operators of networks: convolution, pooling, normalisation, contraction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
-from graphprune.rules.onnx_literals import ints, numbers
+from graphprune.rules.onnx_literals import ints
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -150,6 +150,24 @@ def _max_pool(
     return values.to(X.dtype), linear + planes * math.prod(X.shape[2:])
 
 
+def _max_unpool(
+    X: Tensor,
+    I: Tensor,  # noqa: E741 (the schema's name)
+    output_shape: Any = None,
+    kernel_shape: Sequence[int] = (),
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Positions in `I` count through the result that the kernel implies; a larger `output_shape` adds zeros after it."""
+    rank = X.dim() - 2
+    cut, stride = list(pads or [0] * 2 * rank), list(strides or [1] * rank)
+    sizes = [(n - 1) * s - cut[i] - cut[rank + i] + k for i, (n, s, k) in enumerate(zip(X.shape[2:], stride, kernel_shape))]
+    flat = X.new_zeros(math.prod(X.shape[:2]) * math.prod(sizes)).scatter(0, I.reshape(-1), X.reshape(-1))
+    out = flat.reshape(*X.shape[:2], *sizes)
+    wanted = ints(output_shape) or list(out.shape)
+    return _padded(out, [0] * rank, [new - old for new, old in zip(wanted[2:], sizes)])
+
+
 def _sum_pool(x: Tensor, kernel: Sequence[int], stride: list[int], dilation: list[int]) -> Tensor:
     rank = x.dim() - 2
     if any(d != 1 for d in dilation):
@@ -259,182 +277,23 @@ def _einsum(Inputs: Sequence[Tensor], equation: str) -> Tensor:
     return torch.einsum(equation.replace(" ", ""), *Inputs)
 
 
-# --- resizing -----------------------------------------------------------------------------------------------------------------
-
-
-def _source_position(mode: str, out: int, size: int, scale: float, roi: tuple[float, float]) -> Tensor:
-    """Where along an axis of `size` each of the `out` new positions lies, in float64."""
-    x = torch.arange(out, dtype=torch.float64)
-    if mode == "asymmetric":
-        return x / scale
-    if mode == "align_corners":
-        return x * (size - 1) / (out - 1) if out > 1 else torch.zeros_like(x)
-    if mode == "pytorch_half_pixel":
-        return (x + 0.5) / scale - 0.5 if out > 1 else torch.zeros_like(x)
-    if mode == "tf_half_pixel_for_nn":
-        return (x + 0.5) / scale
-    if mode == "tf_crop_and_resize":
-        start, end = roi
-        if out == 1:
-            return torch.full_like(x, 0.5 * (start + end) * (size - 1))
-        return start * (size - 1) + x * (end - start) * (size - 1) / (out - 1)
-    if mode == "half_pixel_symmetric":
-        offset = size / 2 * (1 - out / (scale * size))
-        return offset + (x + 0.5) / scale - 0.5
-    return (x + 0.5) / scale - 0.5  # half_pixel
-
-
-def _nearest(position: Tensor, mode: str) -> Tensor:
-    if mode == "floor":
-        return position.floor()
-    if mode == "ceil":
-        return position.ceil()
-    return (position + 0.5).floor() if mode == "round_prefer_ceil" else (position - 0.5).ceil()
-
-
-def _kernel(distance: Tensor, mode: str, a: float) -> Tensor:
-    d = distance.abs()
-    if mode == "linear":
-        return (1 - d).clamp(min=0)
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
-
-
-def _interpolation(position: Tensor, size: int, mode: str, scale: float, a: float, antialias: bool, exclude_outside: bool) -> Tensor:
-    """The (new, old) matrix of weights along one axis."""
-    reach = min(scale, 1.0) if antialias else 1.0
-    radius = math.ceil((1 if mode == "linear" else 2) / reach)
-    taps = position.floor()[:, None] + torch.arange(-radius, radius + 2)
-    weights = _kernel((taps - position[:, None]) * reach, mode, a)
-    if exclude_outside or antialias:
-        weights = torch.where((taps >= 0) & (taps < size), weights, torch.zeros_like(weights)) if exclude_outside else weights
-        weights = weights / weights.sum(1, keepdim=True)
-    matrix = torch.zeros(len(position), size, dtype=torch.float64)
-    return matrix.scatter_add(1, taps.clamp(0, size - 1).long(), weights)
-
-
-def _resize(
-    X: Tensor,
-    roi: Any = None,
-    scales: Any = None,
-    sizes: Any = None,
-    antialias: int = 0,
-    axes: Sequence[int] | None = None,
-    coordinate_transformation_mode: str = "half_pixel",
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    keep_aspect_ratio_policy: str = "stretch",
-    mode: str = "nearest",
-    nearest_mode: str = "round_prefer_floor",
-) -> Tensor:
-    over = [axis % X.dim() for axis in (axes if axes is not None else range(X.dim()))]
-    old = [X.shape[axis] for axis in over]
-    wanted, factors, region = ints(sizes) or [], numbers(scales) or [], numbers(roi) or []
-    if wanted:
-        factors = [new / size for new, size in zip(wanted, old)]
-        if keep_aspect_ratio_policy != "stretch":
-            common = (min if keep_aspect_ratio_policy == "not_larger" else max)(factors)
-            factors, wanted = [common] * len(over), [math.floor(common * size + 0.5) for size in old]
-    else:
-        wanted = [math.floor(size * factor) for size, factor in zip(old, factors)]
-    out, dtype = X, X.dtype
-    if mode != "nearest" and not dtype.is_floating_point:
-        out = out.to(torch.float32)
-    for i, axis in enumerate(over):
-        cropped = coordinate_transformation_mode == "tf_crop_and_resize"
-        if wanted[i] == old[i] and factors[i] == 1 and not cropped:
-            continue
-        bounds = (region[i], region[i + len(over)]) if cropped else (0.0, 1.0)
-        position = _source_position(coordinate_transformation_mode, wanted[i], old[i], factors[i], bounds)
-        if mode == "nearest":
-            index = _nearest(position, nearest_mode).clamp(0, old[i] - 1).long().to(X.device)
-            out = out.index_select(axis, index)
-        else:
-            weights = _interpolation(position, old[i], mode, factors[i], cubic_coeff_a, bool(antialias), bool(exclude_outside))
-            out = (out.movedim(axis, -1) @ weights.to(X.device, out.dtype).T).movedim(-1, axis)
-        if cropped:
-            outside = ((position < 0) | (position > old[i] - 1)).to(X.device)
-            out = torch.where(outside.reshape([-1 if j == axis else 1 for j in range(X.dim())]), out.new_tensor(extrapolation_value), out)
-    return out.to(dtype)
-
-
-def _upsample(X: Tensor, scales: Any, mode: str = "nearest") -> Tensor:
-    return _resize(X, scales=scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode="floor")
-
-
-_GRID_MODES = {"bilinear": "bilinear", "linear": "bilinear", "bicubic": "bicubic", "cubic": "bicubic", "nearest": "nearest"}
-
-
-def _grid_sample(X: Tensor, grid: Tensor, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros") -> Tensor:
-    return F.grid_sample(X, grid.to(X.dtype), _GRID_MODES[mode], padding_mode, bool(align_corners))
-
-
-def _affine_grid(theta: Tensor, size: Any, align_corners: int = 0) -> Tensor:
-    return F.affine_grid(theta, ints(size) or [], bool(align_corners))
-
-
-# --- signals ------------------------------------------------------------------------------------------------------------------
-
-
-def _dft(input: Tensor, dft_length: Any = None, axis: Any = None, inverse: int = 0, onesided: int = 0) -> Tensor:
-    (dim,) = ints(axis) or (-2,)
-    dim = dim % input.dim()
-    lengths = ints(dft_length)
-    signal = torch.view_as_complex(input.contiguous()) if input.shape[-1] == 2 else input[..., 0]
-    if onesided and inverse:
-        return torch.fft.irfft(signal, lengths[0] if lengths else None, dim).unsqueeze(-1)
-    length = lengths[0] if lengths else signal.shape[dim]
-    spectrum = (torch.fft.ifft if inverse else torch.fft.fft)(signal, length, dim)
-    return torch.view_as_real(spectrum.narrow(dim, 0, length // 2 + 1) if onesided else spectrum)
-
-
-def _stft(signal: Tensor, frame_step: Any, window: Tensor | None = None, frame_length: Any = None, onesided: int = 1) -> Tensor:
-    (step,) = ints(frame_step) or (1,)
-    length = (ints(frame_length) or [window.shape[0] if window is not None else 0])[0]
-    real = signal.dim() == 2 or signal.shape[-1] == 1
-    x = signal if signal.dim() == 2 else signal[..., 0] if real else torch.view_as_complex(signal.contiguous())
-    frames = x.unfold(1, length, step)
-    frames = frames if window is None else frames * window
-    spectrum = torch.fft.fft(frames, dim=-1)
-    return torch.view_as_real(spectrum[..., : length // 2 + 1] if onesided and real else spectrum)
-
-
-def _cosine_window(*terms: float) -> Callable[..., Tensor]:
-    def run(size: Any, periodic: int = 1, output_datatype: torch.dtype | None = torch.float32) -> Tensor:
-        (count,) = ints(size) or (0,)
-        phase = 2 * math.pi * torch.arange(count, dtype=torch.float64) / (count if periodic else count - 1)
-        return sum((term * torch.cos(i * phase) for i, term in enumerate(terms)), torch.zeros_like(phase)).to(output_datatype)
-
-    return run
-
-
 NN_OPS: dict[str, Callable[..., Any]] = {
-    "AffineGrid": _affine_grid,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
-    "BlackmanWindow": _cosine_window(0.42, -0.5, 0.08),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
-    "DFT": _dft,
     "Einsum": _einsum,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda X: X.mean(_spatial(X), keepdim=True),
     "GlobalLpPool": lambda X, p=2: X.norm(p, dim=_spatial(X), keepdim=True),
     "GlobalMaxPool": lambda X: X.amax(_spatial(X), keepdim=True),
-    "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
-    "HammingWindow": _cosine_window(25 / 46, -21 / 46),
-    "HannWindow": _cosine_window(0.5, -0.5),
     "InstanceNormalization": lambda input, scale, B, epsilon=1e-5: torch.group_norm(input, input.shape[1], scale, B, epsilon),
     "LRN": _lrn,
     "LayerNormalization": _layer_norm,
     "LpPool": _lp_pool,
     "MatMul": lambda A, B: torch.matmul(A, B),
     "MaxPool": _max_pool,
+    "MaxUnpool": _max_unpool,
     "RMSNormalization": _rms_norm,
-    "Resize": _resize,
-    "STFT": _stft,
-    "Upsample": _upsample,
 }

@@ -18,17 +18,19 @@ from torch.nn import functional as F
 
 from graphprune.errors import UnsupportedOp
 from graphprune.execute.onnx_attention import ATTENTION_OPS
+from graphprune.execute.onnx_images import IMAGE_OPS
+from graphprune.execute.onnx_ml import ML_OPS
+from graphprune.execute.onnx_narrow import bits, encode, known, moved_as_bytes, widened
 from graphprune.execute.onnx_nn import NN_OPS
 from graphprune.execute.onnx_quantized import QUANTIZED_OPS
 from graphprune.execute.onnx_recurrent import RECURRENT_OPS
+from graphprune.execute.onnx_signals import SIGNAL_OPS
 from graphprune.execute.onnx_tensors import TENSOR_OPS
 from graphprune.program import leaves, substitute
 from graphprune.rules.onnx_literals import LITERAL_OPERANDS, ints, numbers
 
-# Attributes that change no result here: hints, redundant sizes, and float8 rounding modes.
-IGNORED = frozenset(
-    "kernel_shape seed stash_type saturate round_mode hidden_size consumed_inputs spatial chunk_size precision output_sequence type".split()
-)
+# Attributes that change no result here: hints and redundant sizes.
+IGNORED = frozenset("kernel_shape seed stash_type hidden_size consumed_inputs spatial chunk_size precision output_sequence type".split())
 
 
 def lower(domain: str, op_type: str, arguments: Mapping[str, Any], num_outputs: int) -> Callable[..., Any]:
@@ -115,10 +117,12 @@ def _isinf(X: Tensor, detect_negative: int = 1, detect_positive: int = 1) -> Ten
     return found & (((X < 0) & bool(detect_negative)) | ((X > 0) & bool(detect_positive)))
 
 
-def _cast(input: Tensor, to: torch.dtype) -> Tensor:
-    if to is None:
-        raise UnsupportedOp("ai.onnx::Cast to a type that torch does not have")
-    return input.to(to)
+def _cast(input: Tensor, to: torch.dtype | None, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return encode(input, known(to, "Cast"), bool(saturate), round_mode)
+
+
+def _cast_like(input: Tensor, target_type: Tensor, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return encode(input, target_type.dtype, bool(saturate), round_mode)
 
 
 def _bit_shift(X: Tensor, Y: Tensor, direction: str) -> Tensor:
@@ -132,7 +136,7 @@ def _shrink(input: Tensor, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
 
 def _dropout(data: Tensor, ratio: Any = None, training_mode: Any = None) -> tuple[Tensor, Tensor]:
     """Inference only: a graph is pruned as it is run, without noise."""
-    if any(numbers(training_mode) or ()):
+    if any(numbers(training_mode) or ()) and (numbers(ratio) or [0.5])[0] != 0:
         raise UnsupportedOp("ai.onnx::Dropout in training mode; export the model for inference")
     return data, torch.ones_like(data, dtype=torch.bool)
 
@@ -272,10 +276,10 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "Bernoulli": lambda input, dtype=None: torch.bernoulli(input.cpu(), generator=_seeded()).to(input.device, dtype or input.dtype),
-    "BitCast": lambda input, to: input.view(to),
+    "BitCast": lambda input, to: bits(input).view(to),
     "BitShift": _bit_shift,
     "Cast": _cast,
-    "CastLike": lambda input, target_type: input.to(target_type.dtype),
+    "CastLike": _cast_like,
     "Celu": lambda X, alpha=1.0: F.celu(X, alpha),
     "Clip": _clip,
     "Dropout": _dropout,
@@ -294,6 +298,11 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "Sum": _variadic(torch.add),
     "SwiGLU": lambda A, B, alpha=1.0: A * torch.sigmoid(alpha * A) * B,
     "Swish": lambda X, alpha=1.0: X * torch.sigmoid(alpha * X),
+    "Multinomial": lambda input, sample_size=1, dtype=torch.int32: torch.multinomial(
+        torch.softmax(input.cpu(), -1), sample_size, replacement=True, generator=_seeded()
+    ).to(input.device, dtype),
+    "OptionalGetElement": lambda input: input,
+    "OptionalHasElement": lambda input=None: torch.tensor(input is not None),
     "ThresholdedRelu": lambda X, alpha=1.0: torch.where(X > alpha, X, torch.zeros_like(X)),
     "Where": lambda condition, X, Y: torch.where(condition, X, Y),
     "RandomNormal": _normal,
@@ -326,14 +335,17 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 
 
 _FAMILIES: tuple[Mapping[str, Callable[..., Any]], ...] = (
-    {name: _positional(function) for name, function in (UNARY | BINARY).items()},
-    ELEMENTWISE,
+    {name: widened(_positional(function)) for name, function in (UNARY | BINARY).items()},
+    ELEMENTWISE | {name: widened(ELEMENTWISE[name]) for name in ("BitShift", "Clip", "Max", "Min", "Mod", "Sum")},
     REDUCTIONS,
-    TENSOR_OPS,
+    {name: moved_as_bytes(function) for name, function in TENSOR_OPS.items()},
     NN_OPS,
+    IMAGE_OPS,
+    SIGNAL_OPS,
     ATTENTION_OPS,
     RECURRENT_OPS,
     QUANTIZED_OPS,
 )
 
 ONNX_OPS: dict[tuple[str, str], Callable[..., Any]] = {("", name): function for family in _FAMILIES for name, function in family.items()}
+ONNX_OPS |= {("ai.onnx.ml", name): function for name, function in ML_OPS.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.errors import UnsupportedOp
+from graphprune.execute.onnx_narrow import LIMITS, decode, encode
 from graphprune.execute.onnx_nn import NN_OPS
 
 
@@ -28,14 +28,16 @@ def _quantize(
     axis: int = 1,
     block_size: int = 0,
     output_dtype: torch.dtype | None = None,
+    saturate: int = 1,
 ) -> Tensor:
     dtype = y_zero_point.dtype if y_zero_point is not None else output_dtype or torch.uint8
-    if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        raise UnsupportedOp(f"ai.onnx::QuantizeLinear to {dtype}")
-    scaled = torch.round(x / _quantization_operand(x, y_scale, axis, block_size))
+    scaled = x / _quantization_operand(x, decode(y_scale), axis, block_size)
+    if dtype not in LIMITS:  # a small float: its own rounding, and a zero point that is zero
+        return encode(scaled, dtype, bool(saturate))
+    scaled = torch.round(scaled)
     if y_zero_point is not None:
-        scaled = scaled + _quantization_operand(x, y_zero_point, axis, block_size)
-    return scaled.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
+        scaled = scaled + _quantization_operand(x, decode(y_zero_point), axis, block_size).to(scaled.dtype)
+    return encode(scaled.clamp(*LIMITS[dtype]), dtype)
 
 
 def _dequantize(
@@ -46,10 +48,11 @@ def _dequantize(
     block_size: int = 0,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    value = x.to(x_scale.dtype)
+    x, scale = decode(x), decode(x_scale)
+    value = x.to(scale.dtype)
     if x_zero_point is not None:
-        value = value - _quantization_operand(x, x_zero_point, axis, block_size).to(x_scale.dtype)
-    return (value * _quantization_operand(x, x_scale, axis, block_size)).to(output_dtype or x_scale.dtype)
+        value = value - _quantization_operand(x, decode(x_zero_point), axis, block_size).to(scale.dtype)
+    return (value * _quantization_operand(x, scale, axis, block_size)).to(output_dtype or scale.dtype)
 
 
 def _dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

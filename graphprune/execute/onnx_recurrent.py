@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,48 +33,65 @@ _TAKES_BETA = {"Affine", "ScaledTanh", "HardSigmoid"}
 Cell = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, Any], list[Tensor]]
 
 
-def _activations(names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None) -> list[Callable[[Tensor], Tensor]]:
-    """Each name with the next of the given parameters, if it takes one."""
+@dataclass(frozen=True)
+class Variant:
+    """What a cell may have besides its weights."""
+
+    linear_before_reset: int = 0  # GRU: the reset gate acts after the product
+    input_forget: int = 0  # LSTM: one gate both lets in and forgets
+    peephole: Tensor | None = None  # LSTM: (3 * size,) weights of the cell in the input, output and forget gates
+
+
+def _activations(
+    names: Sequence[str], alpha: Sequence[float] | None, beta: Sequence[float] | None, clip: float | None
+) -> list[Callable[[Tensor], Tensor]]:
+    """Each name with the next of the given parameters, if it takes one; `clip` bounds what goes in."""
     alphas, betas = list(alpha or []), list(beta or [])
     chosen: list[Callable[[Tensor], Tensor]] = []
     for name in names:
         a = alphas.pop(0) if name in _TAKES_ALPHA and alphas else None
         b = betas.pop(0) if name in _TAKES_BETA and betas else None
-        chosen.append(_with_parameters(ACTIVATIONS[name], a, b))
+        chosen.append(_with_parameters(ACTIVATIONS[name], a, b, clip))
     return chosen
 
 
 def _with_parameters(
-    function: Callable[[Tensor, float | None, float | None], Tensor], a: float | None, b: float | None
+    function: Callable[[Tensor, float | None, float | None], Tensor], a: float | None, b: float | None, clip: float | None
 ) -> Callable[[Tensor], Tensor]:
-    return lambda x: function(x, a, b)
+    return lambda x: function(x if clip is None else x.clamp(-clip, clip), a, b)
 
 
 def _rnn_cell(x: Tensor, state: list[Tensor], R: Tensor, wb: Tensor, rb: Tensor, act: Any) -> list[Tensor]:
     return [act[0](x + wb + state[0] @ R.T + rb)]
 
 
-def _lstm_cell(x: Tensor, state: list[Tensor], R: Tensor, wb: Tensor, rb: Tensor, act: Any) -> list[Tensor]:
-    h, c = state
-    i, o, f, g = (x + wb + h @ R.T + rb).chunk(4, -1)
-    c = act[0](f) * c + act[0](i) * act[1](g)
-    return [act[0](o) * act[2](c), c]
+def _lstm_cell(variant: Variant) -> Cell:
+    def cell(x: Tensor, state: list[Tensor], R: Tensor, wb: Tensor, rb: Tensor, act: Any) -> list[Tensor]:
+        h, c = state
+        i, o, f, g = (x + wb + h @ R.T + rb).chunk(4, -1)
+        pi, po, pf = variant.peephole.chunk(3) if variant.peephole is not None else (0.0, 0.0, 0.0)
+        i = act[0](i + pi * c)
+        f = 1 - i if variant.input_forget else act[0](f + pf * c)
+        c = f * c + i * act[1](g)
+        return [act[0](o + po * c) * act[2](c), c]
+
+    return cell
 
 
-def _gru_cell(linear_before_reset: int) -> Cell:
+def _gru_cell(variant: Variant) -> Cell:
     def cell(x: Tensor, state: list[Tensor], R: Tensor, wb: Tensor, rb: Tensor, act: Any) -> list[Tensor]:
         (h,) = state
         size = h.shape[-1]
         gates, candidate = (x + wb).split([2 * size, size], -1)
         z, r = act[0](gates + h @ R[: 2 * size].T + rb[: 2 * size]).chunk(2, -1)
         inner, bias = R[2 * size :], rb[2 * size :]
-        past = r * (h @ inner.T + bias) if linear_before_reset else (r * h) @ inner.T + bias
+        past = r * (h @ inner.T + bias) if variant.linear_before_reset else (r * h) @ inner.T + bias
         return [(1 - z) * act[1](candidate + past) + z * h]
 
     return cell
 
 
-def _recurrent(cell_of: Callable[[int], Cell], default: Sequence[str], num_states: int) -> Callable[..., tuple[Tensor, ...]]:
+def _recurrent(cell_of: Callable[[Variant], Cell], default: Sequence[str], num_states: int) -> Callable[..., tuple[Tensor, ...]]:
     def run(
         X: Tensor,
         W: Tensor,
@@ -92,8 +110,6 @@ def _recurrent(cell_of: Callable[[int], Cell], default: Sequence[str], num_state
         layout: int = 0,
         linear_before_reset: int = 0,
     ) -> tuple[Tensor, ...]:
-        if P is not None or clip is not None or input_forget:
-            raise UnsupportedOp("a recurrent ONNX layer with peepholes, clipping or a coupled input gate has no lowering to torch")
         directions, size = R.shape[0], R.shape[-1]
         x = X.transpose(0, 1) if layout else X
         per_direction = len(default)
@@ -104,14 +120,15 @@ def _recurrent(cell_of: Callable[[int], Cell], default: Sequence[str], num_state
             if state.shape != zero.shape:
                 raise ValueError(f"the initial state of a recurrent layer has shape {list(state.shape)} where {list(zero.shape)} is needed")
         states = (first + [zero] * num_states)[:num_states] if initial_h is not None or initial_c is None else [zero, first[0]]
-        act = _activations(names, activation_alpha, activation_beta)
+        act = _activations(names, activation_alpha, activation_beta, clip)
         outputs, finals = [], []
         for d in range(directions):
             backward = direction == "reverse" or d == 1
             biases = B[d].chunk(2) if B is not None else (x.new_zeros(W.shape[1]), x.new_zeros(W.shape[1]))
+            cell = cell_of(Variant(linear_before_reset, input_forget, P[d] if P is not None else None))
             y, last = _direction(
                 x, W[d], R[d], biases, [s[d] for s in states], sequence_lens, backward,
-                cell_of(linear_before_reset), act[d * per_direction : (d + 1) * per_direction],
+                cell, act[d * per_direction : (d + 1) * per_direction],
             )  # fmt: skip
             outputs.append(y)
             finals.append(last)
@@ -194,8 +211,19 @@ def _scan(
     scan_input_directions: Sequence[int] | None = None,
     scan_output_axes: Sequence[int] | None = None,
     scan_output_directions: Sequence[int] | None = None,
+    sequence_lens: Tensor | None = None,
+    directions: Sequence[int] | None = None,
+    batched: bool = False,
 ) -> tuple[Tensor, ...]:
     (body,) = blocks
+    if batched:  # opset 8: every operand and result has the batch first
+        if sequence_lens is not None:
+            raise UnsupportedOp("ai.onnx::Scan with sequence_lens (opset 8); convert the model to opset 9 or newer")
+        each = [
+            _scan([x[b] for x in initial_state_and_scan_inputs], num_scan_inputs, blocks, run_block, None, directions)
+            for b in range(initial_state_and_scan_inputs[0].shape[0])
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*each))
     num_states = len(initial_state_and_scan_inputs) - num_scan_inputs
     state = list(initial_state_and_scan_inputs[:num_states])
     axes, backward = list(scan_input_axes or [0] * num_scan_inputs), list(scan_input_directions or [0] * num_scan_inputs)
@@ -219,6 +247,6 @@ BODIES = {"If": ("then_branch", "else_branch"), "Loop": ("body",), "Scan": ("bod
 
 RECURRENT_OPS: dict[str, Callable[..., Any]] = CONTROL_FLOW | {
     "GRU": _recurrent(_gru_cell, ("Sigmoid", "Tanh"), 1),
-    "LSTM": _recurrent(lambda _: _lstm_cell, ("Sigmoid", "Tanh", "Tanh"), 2),
+    "LSTM": _recurrent(_lstm_cell, ("Sigmoid", "Tanh", "Tanh"), 2),
     "RNN": _recurrent(lambda _: _rnn_cell, ("Tanh",), 1),
 }

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from graphprune.errors import UnsupportedOp
 from graphprune.rules.onnx_literals import ints, numbers, reshape_target, slice_range, split_sizes
 
 
@@ -356,14 +354,20 @@ def _col2im(
 ) -> Tensor:
     image, block = ints(image_shape) or [], ints(block_shape) or []
     rank = len(image)
-    if rank != 2:
-        raise UnsupportedOp(f"ai.onnx::Col2Im over {rank} spatial axes; torch folds over 2")
-    pads = list(pads or [0] * 2 * rank)
-    whole = [image[i] + pads[i] + pads[rank + i] for i in range(rank)]
-    folded = F.fold(input, tuple(whole), tuple(block), dilation=tuple(dilations or (1, 1)), stride=tuple(strides or (1, 1)))
+    step, apart, edges = list(strides or [1] * rank), list(dilations or [1] * rank), list(pads or [0] * 2 * rank)
+    whole = [image[i] + edges[i] + edges[rank + i] for i in range(rank)]
+    windows = [(whole[i] - (block[i] - 1) * apart[i] - 1) // step[i] + 1 for i in range(rank)]
+    flat = torch.zeros((), dtype=torch.int64, device=input.device)  # where each entry of a block goes: (*block, *windows)
     for i in range(rank):
-        folded = folded.narrow(2 + i, pads[i], image[i])
-    return folded
+        at_block = (torch.arange(block[i], device=input.device) * apart[i]).reshape([-1 if j == i else 1 for j in range(2 * rank)])
+        at_window = (torch.arange(windows[i], device=input.device) * step[i]).reshape([-1 if j == rank + i else 1 for j in range(2 * rank)])
+        flat = flat * whole[i] + at_block + at_window
+    batch, channels = input.shape[0], input.shape[1] // math.prod(block)
+    out = input.new_zeros(batch, channels, math.prod(whole)).index_add(2, flat.reshape(-1), input.reshape(batch, channels, -1))
+    out = out.reshape(batch, channels, *whole)
+    for i in range(rank):
+        out = out.narrow(2 + i, edges[i], image[i])
+    return out
 
 
 TENSOR_OPS: dict[str, Callable[..., Any]] = {
