@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from graphprune.calibration import reread
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.measure import interleaved
 from graphprune.plan import Plan
-from graphprune.program import Program
-from graphprune.repair import DATA_FREE, check_repairs, repaired
+from graphprune.program import Program, Value
+from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
 from graphprune.report import Frozen, GroupSummary, Latency, PassRecord, Report, changes
+from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
 from graphprune.units import DEFAULT_UNITS
 from graphprune.verify.certificate import Certificate, certify
@@ -186,6 +188,22 @@ def apply(
         InvalidInput: the plan is of another network.
         VerificationFailed: the pruned network is not the masked network; nothing is returned or changed.
     """
+    return _apply(model, plan, example_inputs, kwargs, dynamic_shapes, calibration_data, backend, inplace, verify)
+
+
+def _apply(
+    model: Source,
+    plan: Plan,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration_data: Any = None,
+    backend: str = "torch",
+    inplace: bool = False,
+    verify: bool | str = True,
+    solved: Mapping[str, Tensor] | None = None,
+) -> Result:
+    """`apply`; with `solved` given, the weights that the repair of the masks would come to again."""
     clock = _Clock()
     with clock("capture"):
         program = capture(model, example_inputs, kwargs, dynamic_shapes)
@@ -195,17 +213,29 @@ def apply(
     cut = Cut(program.analysis, removed)
     with clock("surgery"):
         pruned = apply_cut(program, cut)
+        zeroed, masks = apply_masks(program, cut, plan.masks)
+        dense = {name: pruned.weights[name].tensor for name in masks}
+        for name, mask in masks.items():
+            replace_weight(pruned, name, dense[name] * mask.to(dense[name].device))  # type: ignore[union-attr, operator]
     certificate = None
     if verify:
         with clock("verify"):
-            certificate = _certificate(program, pruned, cut, plan, verify)
+            certificate = _certificate(program, pruned, cut, plan, verify, zeroed)
     module, written, notes = None, None, []
-    repairs = [name for name in plan.repair if calibration_data is not None or name in DATA_FREE]
+    repairs = [name for name in plan.repair if calibration_data is not None or name in DATA_FREE or (solved and name in UPDATES)]
     if len(repairs) < len(plan.repair):
         notes.append(f"repair skipped for want of calibration_data: {', '.join(name for name in plan.repair if name not in repairs)}")
     if repairs:
         with clock("repair"):
-            pruned = repaired(program, cut, pruned, repairs, calibration_data)
+            for name in (name for name in repairs if name in UPDATES):
+                if not solved:
+                    for weight, tensor in dense.items():
+                        replace_weight(pruned, weight, tensor)  # type: ignore[arg-type]
+                pattern = pattern_of(str(plan.settings.get("pattern", "unstructured")))
+                found = solved or repair_masked(pruned, masks, UPDATES[name], pattern, calibration_data)
+                for weight, tensor in found.items():
+                    replace_weight(pruned, weight, tensor * masks[weight].to(tensor.device))
+            pruned = repaired(program, cut, pruned, [name for name in repairs if name not in UPDATES], calibration_data)
     with clock("measure"):
         times = op_times(program, pruned)
     from graphprune.capture.torch_export import TorchSource
@@ -259,10 +289,13 @@ def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend:
     return Latency(a, low_a, high_a, where, backend), Latency(b, low_b, high_b, where, backend)
 
 
-def _certificate(program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str) -> Certificate:
+def _certificate(
+    program: Program, pruned: Program, cut: Cut, plan: Plan, verify: bool | str, zeroed: Mapping[Value, Tensor] | None = None
+) -> Certificate:
     weights = sum(v.tensor.numel() for v in program.weights.values() if v.tensor is not None)
     dtype = torch.float64 if verify == "full" or weights <= 200e6 else torch.float32
-    certificate = certify(program, pruned, cut, dtype=dtype, plan_hash=plan.hash, seconds=float("inf") if verify == "full" else 2.0)
+    seconds = float("inf") if verify == "full" else 2.0
+    certificate = certify(program, pruned, cut, dtype=dtype, plan_hash=plan.hash, seconds=seconds, zeroed=zeroed)
     if certificate.status == "failed":
         raise VerificationFailed(f"the pruned network is not the masked network: {certificate}; " + " ".join(certificate.notes))
     return certificate
@@ -355,6 +388,8 @@ def compile(
         budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
             the ratio is the most any group loses.
         units: kinds of units that may go, of `graphprune.units.UNITS`.
+        recipe: a published method by name (`graphprune.recipes()`), or a `Recipe`; then importance, scope and repair are its own.
+        sparsity, pattern: zeros inside tensors in place of removed units: "unstructured", "2:4" (kept:of), "block:64x64".
         importance: "magnitude", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
         scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
         ignore, targets: exact names, globs, "re:...", "op:Conv".
@@ -364,17 +399,27 @@ def compile(
     Raises:
         InvalidInput, CaptureError, NothingToPrune, BudgetNotMet, VerificationFailed: each says what, where and the way out.
     """
-    from graphprune.planning import make_plan
+    from graphprune.planning import make_masks, make_plan
+    from graphprune.recipes import recipe_of
 
-    for name, value, why in (
-        ("recipe", recipe, "no recipe is registered yet"),
-        ("sparsity", sparsity, "masks are not implemented yet"),
-        ("pattern", pattern, "masks are not implemented yet"),
-        ("metric", metric, "the accuracy_drop budget is not implemented yet"),
-    ):
-        if value is not None:
-            raise InvalidInput(f"{name}={value!r}: {why}")
-    if pruning_ratio is None and budget is None and not repair:
+    if metric is not None:
+        raise InvalidInput(f"metric={metric!r}: the accuracy_drop budget is not implemented yet")
+    method = recipe_of(recipe) if recipe is not None else None
+    sparse = method.sparse if method is not None else sparsity is not None or pattern is not None
+    if method is not None:
+        for name, value, usual in (("importance", importance, "magnitude"), ("scope", scope, "local")):
+            if value != usual:
+                raise InvalidInput(f"{name}={value!r} and recipe={method.name!r} both say what goes; leave one out")
+        if method.data and calibration_data is None:
+            raise InvalidInput(f"recipe {method.name!r} needs calibration_data: an iterable of inputs such as the network gets in use")
+        if not sparse:
+            importance, scope, repair = method.score, method.allocation, (*method.repair, *(r for r in repair if r not in method.repair))
+            units = method.unit if tuple(units) == DEFAULT_UNITS else units  # type: ignore[assignment]
+    if sparse and (pruning_ratio is not None or budget is not None):
+        raise InvalidInput("sparsity= and pattern= put zeros into weights and take no pruning_ratio or budget; cut units in a second call")
+    if not sparse and (sparsity is not None or pattern is not None):
+        raise InvalidInput(f"recipe {method.name!r} removes units; it takes a pruning_ratio, no sparsity or pattern")  # type: ignore[union-attr]
+    if pruning_ratio is None and budget is None and not repair and not sparse:
         repair = DATA_FREE
     check_repairs(repair, calibration_data)
     if on_unknown not in ("freeze", "raise"):
@@ -397,24 +442,33 @@ def compile(
         import itertools
 
         calibration_data = list(itertools.islice(calibration_data, num_samples))
+    calibration_data, solved = reread(calibration_data), None
     with clock("plan"):
-        made = make_plan(
-            program,
-            pruning_ratio=pruning_ratio,
-            budget=budget,
-            units=units,
-            importance=importance,
-            scope=scope,
-            ignore=ignore,
-            targets=targets,
-            round_to=round_to,
-            min_keep=min_keep,
-            repair=repair,
-            calibration_data=calibration_data,
-            loss=loss,
-            seed=seed,
-        )
-    result = apply(program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify)
+        if sparse:
+            made, solved = make_masks(
+                program, method, sparsity=sparsity, pattern=pattern, calibration_data=calibration_data, ignore=ignore, targets=targets,
+                repair=repair,
+            )  # fmt: skip
+        else:
+            made = make_plan(
+                program,
+                pruning_ratio=pruning_ratio,
+                budget=budget,
+                units=units,
+                importance=importance,
+                scope=scope,
+                ignore=ignore,
+                targets=targets,
+                round_to=round_to,
+                min_keep=min_keep,
+                repair=repair,
+                calibration_data=calibration_data,
+                loss=loss,
+                seed=seed,
+            )
+    result = _apply(
+        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved
+    )  # fmt: skip
     result.report = replace(
         result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
     )
@@ -427,7 +481,7 @@ def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
     cut = Cut(program.analysis, plan.resolve(program))
     if len(program.inputs) != len(other.inputs):
         raise InvalidInput(f"the original takes {len(program.inputs)} inputs, the pruned network {len(other.inputs)}")
-    certificate = certify(program, other, cut, plan_hash=plan.hash)
+    certificate = certify(program, other, cut, plan_hash=plan.hash, zeroed=apply_masks(program, cut, plan.masks)[0])
     if certificate.status == "failed" and plan.repair:
         raise InvalidInput(
             f"the plan names the repair {', '.join(plan.repair)}: kept weights were changed on purpose, so this is not the masked network. "

@@ -1,15 +1,19 @@
-"""A `Plan` is decisions only: which units of which group go. It is the only thing handed from planning to surgery."""
+"""A `Plan` is decisions only: which units go, and which single weights. It is the only thing handed from planning to surgery."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from graphprune.errors import InvalidInput
 from graphprune.files import atomic_path
@@ -31,11 +35,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Removed units by group name. Prints, hashes, saves; applies to the torch module, its ONNX file, or a fine-tuned checkpoint."""
+    """Removed units by group name, and masks of weights. Prints, hashes, saves; applies to the torch module, its ONNX file, or a fine-tuned
+    checkpoint.
+    """
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
     repair: tuple[str, ...] = ()  # names of repairs that were part of the decision; apply() runs them again when given data
     settings: Mapping[str, Any] = field(default_factory=dict)  # how the plan was made; no effect on surgery
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # weight name -> bool, its shape, True where a weight stays
 
     @classmethod
     def of(
@@ -68,7 +75,10 @@ class Plan:
     def hash(self) -> str:
         """Hash of the decisions: equal for equal cuts of equally named groups."""
         text = json.dumps([[name, e.size, e.removed] for name, e in sorted(self.entries.items())])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(text.encode())
+        for name, mask in sorted(self.masks.items()):
+            digest.update(f"{name} {tuple(mask.shape)}".encode() + _packed(mask).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def resolve(self, program: Program) -> dict[str, tuple[int, ...]]:
         """Removed units by the group names of another capture: groups are matched by the name of a member, then by shape, axis and content.
@@ -115,6 +125,7 @@ class Plan:
             "hash": self.hash,
             "repair": list(self.repair),
             "settings": dict(self.settings),
+            "masks": {name: list(mask.shape) for name, mask in self.masks.items()},
             "groups": {
                 n: {"size": e.size, "kind": e.kind, "removed": list(e.removed), "members": [list(m) for m in e.members]}
                 for n, e in self.entries.items()
@@ -123,8 +134,10 @@ class Plan:
         return json.dumps(record, indent=1)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
+        """Write the plan as JSON, atomically; masks go as bits into `<name>.masks.safetensors` beside it."""
         with atomic_path(path) as temporary:
+            if self.masks:
+                save_file({name: _packed(mask) for name, mask in self.masks.items()}, _beside(temporary), {"plan": self.hash})
             temporary.write_text(self.to_json())
 
     @classmethod
@@ -132,8 +145,9 @@ class Plan:
         """Read a plan.
 
         Raises:
-            InvalidInput: the file is not a plan, or of a newer format.
+            InvalidInput: the file is not a plan, or of a newer format, or its masks are missing.
         """
+        path = Path(path)
         try:
             record = json.loads(Path(path).read_text())
             assert record["graphprune_plan"] == FORMAT
@@ -141,14 +155,34 @@ class Plan:
                 n: Entry(g["size"], tuple(g["removed"]), g["kind"], tuple((t, a, tuple(s), h) for t, a, s, h in g["members"]))
                 for n, g in record["groups"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            shapes = record.get("masks", {})
+            packed = load_file(_beside(path)) if shapes else {}
+            masks = {name: _unpacked(packed[name], shape) for name, shape in shapes.items()}
+        except (OSError, ValueError, KeyError, TypeError, AssertionError, SafetensorError) as error:
             raise InvalidInput(f"{path} is not a graphprune plan (format {FORMAT}): {type(error).__name__}: {error}") from error
-        return cls(entries, tuple(record["repair"]), record["settings"])
+        plan = cls(entries, tuple(record["repair"]), record["settings"], masks)
+        if masks and plan.hash != record["hash"]:
+            raise InvalidInput(f"{_beside(path)} does not hold the masks of {path}: hash {plan.hash}, expected {record['hash']}")
+        return plan
 
     def __str__(self) -> str:
         rows = [f"plan {self.hash}: {len(self.entries)} groups"]
         rows += [f"  {name}: {e.size} -> {e.size - len(e.removed)} ({e.kind})" for name, e in self.entries.items()]
+        rows += [f"  {name}: {1 - float(mask.float().mean()):.1%} zeros" for name, mask in self.masks.items()]
         return "\n".join(rows)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".masks.safetensors")
+
+
+def _packed(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def _unpacked(bits: torch.Tensor, shape: Iterable[int]) -> torch.Tensor:
+    shape = tuple(shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool)).reshape(shape)
 
 
 def _signature(value: Value, axis: int) -> tuple[str, int, tuple[int, ...], str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from graphprune.allocation import Candidate, Local, Selection, allocate, one_per_product, removals, rounding, scope_of
 from graphprune.analysis import Analysis
@@ -14,12 +17,17 @@ from graphprune.errors import InvalidInput, NothingToPrune
 from graphprune.importance import importance_of, scores_of
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.sparsity import UPDATES, NOfM, Pattern, Weights, pattern_of, solve_masks
 from graphprune.surgery.cut import Cut
 from graphprune.units import DEFAULT_UNITS, UNITS, Group
+
+if TYPE_CHECKING:
+    from graphprune.recipes import Recipe
 
 log = logging.getLogger("graphprune")
 
 DEFAULT_RATIO = 0.25
+DEFAULT_SPARSITY = 0.5
 NOT_CUT_YET = {"token": "token axes are found, but cutting them is not implemented yet", "kv": "the key-value cache cannot be cut yet"}
 
 
@@ -77,15 +85,21 @@ def make_plan(
     left_out = selection.touched(ignore)
     wanted = selection.produced(targets) if targets else None
     capped = budget is not None or isinstance(rivals, Local)  # elsewhere the ratio is that of all rivals together
+    statistics = Statistics(program, calibration_data, loss, seed, (*getattr(criterion, "needs", ()), *getattr(rivals, "needs", ())))
+    meant = [
+        g for g in analysis.groups
+        if g.kind in kinds and g.name not in left_out and (wanted is None or g.name in wanted) and ratios[g.name] != 0
+    ]  # fmt: skip
+    pace = _paces(rivals, meant, ratios, statistics)
     steps: dict[str, list[int]] = {}
-    for group in analysis.groups:
-        if group.kind in kinds and group.name not in left_out and (wanted is None or group.name in wanted):
-            ratio = ratios[group.name]
-            if ratio is None or ratio > 0:
-                steps[group.name] = removals(group, rounding(group, round_to), min_keep, ratio if capped else None)
+    for group in meant:
+        ratio = ratios[group.name]
+        most = None if ratio is None or not capped else min(ratio * pace[group.name], 1.0)
+        steps[group.name] = removals(group, rounding(group, round_to), min_keep, most)
     allowed = one_per_product(analysis, [g for g in analysis.groups if steps.get(g.name)])
-    statistics = Statistics(program, calibration_data, loss, seed)
-    candidates = [Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name]) for g in allowed]
+    candidates = [
+        Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name], pace[g.name]) for g in allowed
+    ]
     asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
     if not candidates and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
@@ -96,6 +110,42 @@ def make_plan(
     Cut(analysis, plan.removed)  # states the constraints a second time, by its own code
     log.debug("%s", plan)
     return plan
+
+
+def make_masks(
+    program: Program,
+    recipe: Recipe | None = None,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    pattern: str | Pattern | None = None,
+    calibration_data: Any = None,
+    ignore: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    repair: Sequence[str] = (),
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Decide which single weights become zero: the plan, and the weights that the method's own update came to.
+
+    Args:
+        recipe: a recipe for weights; magnitude when absent.
+        sparsity: fraction of zeros in every matrix, one half when absent; N:M patterns bring their own.
+        pattern: see `graphprune.sparsity.pattern_of`; the recipe's when absent.
+
+    Raises:
+        InvalidInput: an argument is not what it must be.
+        NothingToPrune: no weight is left.
+    """
+    from graphprune.recipes import RECIPES
+
+    recipe = recipe or RECIPES["magnitude"]
+    assert isinstance(recipe.score, Weights)
+    shape = pattern_of(pattern if pattern is not None else str(recipe.unit))
+    if isinstance(shape, NOfM) and isinstance(sparsity, float) and abs(sparsity - shape.sparsity) > 1e-6:
+        raise InvalidInput(f"pattern {shape} has the sparsity {shape.sparsity:g}, found sparsity={sparsity!r}; leave it out")
+    level = DEFAULT_SPARSITY if sparsity is None else sparsity
+    masks, weights = solve_masks(program, recipe.score, shape, level, data=calibration_data, ignore=ignore, targets=targets)
+    own = tuple(name for name, update in UPDATES.items() if update == recipe.score.update)
+    settings = {"recipe": recipe.name, "pattern": str(shape), "sparsity": dict(level) if isinstance(level, Mapping) else level}
+    return replace(Plan.of(program, {}, (*own, *repair), settings), masks=masks), weights
 
 
 def _kinds(units: Sequence[str]) -> set[str]:
@@ -122,6 +172,17 @@ def _ratios(selection: Selection, groups: Sequence[Group], given: float | Mappin
         if pattern != "*":
             out.update(dict.fromkeys(selection.produced((pattern,)), ratio))
     return out
+
+
+def _paces(rivals: Any, groups: Sequence[Group], ratios: Mapping[str, float | None], statistics: Statistics) -> dict[str, float]:
+    """How many times the ratio asked for each group loses: what a curve over the layers says, else one."""
+    pace = dict.fromkeys((g.name for g in groups), 1.0)
+    if hasattr(rivals, "ratios"):
+        for ratio in {ratios[g.name] for g in groups}:
+            asked = DEFAULT_RATIO if ratio is None else ratio  # a budget alone: the shape of the curve at the default
+            alike = [g for g in groups if ratios[g.name] == ratio]
+            pace.update({name: max(found, 1e-9) / asked for name, found in rivals.ratios(alike, asked, statistics).items()})
+    return pace
 
 
 def _why(analysis: Analysis, kinds: set[str], left_out: set[str], wanted: set[str] | None, steps: Mapping[str, list[int]]) -> str:

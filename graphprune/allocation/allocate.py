@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from graphprune.branches import Branch
 from graphprune.costs import Cost, CostModel, SizeOf
 from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.units import Group
+
+if TYPE_CHECKING:
+    from graphprune.calibration import Statistics
 
 log = logging.getLogger("graphprune")
 
@@ -40,6 +43,13 @@ class Scope(Protocol):
         """What is ranked."""
 
 
+class Curve(Protocol):
+    """A scope that also says how much each layer loses."""
+
+    def ratios(self, groups: Sequence[Group], ratio: float, statistics: Statistics) -> Mapping[str, float]:
+        """Fraction that goes, by group name, `ratio` on average; of groups that are left out, `ratio`."""
+
+
 @dataclass(frozen=True)
 class Local:
     """Every group loses the same fraction."""
@@ -57,9 +67,14 @@ class Global:
 
     Args:
         per: "params", "macs" or "memory_mb" ranks by score per unit of that cost, so that expensive units go first; None by score alone.
+        of: a ratio is the fraction of this cost that goes, over all rivals; None counts units.
     """
 
     per: str | None = None
+    of: str | None = None
+
+    def share(self, group: Group, unit_cost: Callable[[Group], Cost]) -> float:
+        return 1.0 if self.of is None else float(_measure(self.of)(unit_cost(group)))
 
     def rivals(self, group: Group) -> Any:
         return "all"
@@ -155,6 +170,7 @@ class Candidate:
     scores: np.ndarray  # (size,) float32
     removals: Sequence[int]  # allowed numbers of removed units, ascending
     ratio: float | None  # turns up to this go, without a budget
+    pace: float = 1.0  # its turns come so many times as fast as those of others: closed-form curves over the layers
 
 
 def allocate(
@@ -203,12 +219,18 @@ def _turns(candidates: Sequence[Candidate], scope: Scope, unit_cost: Callable[[G
     out: list[np.ndarray] = [np.empty(0)] * len(candidates)
     for members in classes.values():
         worth = np.concatenate([scope.worth(candidates[i].group, candidates[i].scores, unit_cost) for i in members])
+        shares = np.concatenate([np.full(candidates[i].group.size, _share(scope, candidates[i].group, unit_cost)) for i in members])
+        order = np.argsort(worth, kind="stable")
         turn = np.empty(len(worth))
-        turn[np.argsort(worth, kind="stable")] = np.arange(1, len(worth) + 1) / len(worth)
+        turn[order] = np.cumsum(shares[order]) / shares.sum()
         ends = np.cumsum([candidates[i].group.size for i in members])
         for i, part in zip(members, np.split(turn, ends[:-1])):
-            out[i] = part
+            out[i] = part / candidates[i].pace
     return out
+
+
+def _share(scope: Scope, group: Group, unit_cost: Callable[[Group], Cost]) -> float:
+    return 1.0 if isinstance(group.atom, Branch) or not hasattr(scope, "share") else scope.share(group, unit_cost)
 
 
 Step = tuple[float, int, int]  # turn of the last unit to go, candidate, number of units gone after it

@@ -43,6 +43,28 @@ def batches(program: Program, data: Any = None) -> Iterator[Batch]:
         raise InvalidInput("calibration_data is empty; give at least one batch (an iterator is read only once: pass a list)")
 
 
+def reread(data: Any) -> Any:
+    """The data in a form that can be read several times: an iterator is drained into a list."""
+    return data if data is None or hasattr(data, "__len__") or isinstance(data, (torch.Tensor, Mapping, tuple)) else list(data)
+
+
+def samples(program: Program, data: Any = None) -> Iterator[Batch]:
+    """Every sample on its own, as a batch of copies of it: mean losses and their gradients are then those of the sample."""
+    for inputs, item in batches(program, data):
+        sizes = {x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim()}
+        if len(sizes) != 1:  # no common axis of samples
+            yield inputs, item
+            continue
+        size = sizes.pop()
+        for i in range(size):
+
+            def copies(leaf: Any, i: int = i) -> Any:
+                whole = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size
+                return leaf[i : i + 1].expand_as(leaf) if whole else leaf
+
+            yield [copies(x) for x in inputs], pytree.tree_map(copies, item)
+
+
 def _plain(item: Any) -> Any:
     """Mappings of any class (a tokenizer's encoding) as dictionaries."""
     return dict(item) if isinstance(item, Mapping) else item
@@ -123,7 +145,8 @@ def _pieces(program: Program, item: Any) -> Iterator[Batch]:
 
 
 def _like(x: Any, example: Any) -> Any:
-    """On the device of the example, and of its dtype where both are floating."""
+    """On the device of the example (unless that holds no data), and of its dtype where both are floating."""
     if not isinstance(x, torch.Tensor) or not isinstance(example, torch.Tensor):
         return x
-    return x.to(example.device, example.dtype if x.is_floating_point() and example.is_floating_point() else None)
+    device = x.device if example.device.type == "meta" else example.device
+    return x.to(device, example.dtype if x.is_floating_point() and example.is_floating_point() else None)

@@ -1,10 +1,10 @@
-"""What scores are computed from: weights, gradients and randomness of one program, each worked out once and only when asked for."""
+"""What scores are computed from: weights, activations, gradients and randomness of one program, each worked out once and when asked for."""
 
 from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration.batches import batches
+from graphprune.calibration.accumulators import Gradients
+from graphprune.calibration.batches import Batch, batches, reread, samples
+from graphprune.calibration.taps import Store, all_shards, tapped, timed
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import run
+from graphprune.linear_maps import LinearMap, linear_maps
 from graphprune.program import Kind, Program, Value
 
 Entry = Callable[[Tensor], Tensor]
@@ -24,18 +27,23 @@ RUNNING = ("running_mean", "running_var", "input_mean", "input_var")  # argument
 
 
 class Statistics:
-    """Weights and gradients of a program.
+    """Weights, activations and gradients of a program.
 
     Args:
         data: calibration data, see `graphprune.calibration.batches`; the example inputs when absent.
         loss: `loss(output)` or `loss(output, batch)` -> scalar; see `default_loss` for what is used when absent.
         seed: of everything random. The global random state is never touched.
+        needs: names of `graphprune.calibration.taps.TAPS` that will be asked for: one pass over the data then collects them all.
     """
 
-    def __init__(self, program: Program, data: Any = None, loss: Callable[..., Tensor] | None = None, seed: int = 0) -> None:
-        self.program, self.data, self.loss, self.seed = program, data, loss, seed
-        self._sums: dict[tuple[Entry, Value, int], Tensor] = {}
+    def __init__(
+        self, program: Program, data: Any = None, loss: Callable[..., Tensor] | None = None, seed: int = 0, needs: Iterable[str] = ()
+    ) -> None:
+        self.program, self.loss, self.seed, self.needs = program, loss, seed, set(needs)
+        self.data = reread(data)
+        self._sums: dict[tuple[Any, Value, int], Tensor] = {}
         self._said: set[str] = set()
+        self._stores: dict[str, Store] = {}
 
     def weight(self, value: Value) -> Tensor:
         """A weight to compute with: detached, float32 at least."""
@@ -54,6 +62,47 @@ class Statistics:
             self._sums[key] = _over_others(entry(self.weight(value)), axis)
         return self._sums[key]
 
+    def observed(self, need: str) -> Store:
+        """A statistic of activations by what it is of: weights for "moments" and "gram", additions for "similarity"."""
+        if need not in self._stores:
+            wanted = ({need} | self.needs) - self._stores.keys()
+            narrow = any(v.is_weight and v.dtype is not None and v.dtype.itemsize < 4 for v in self.program.weights.values())
+            self._stores.update(tapped(self.program, self.data, sorted(wanted), torch.float32 if narrow else None))
+        return self._stores[need]
+
+    @cached_property
+    def linear(self) -> dict[Value, LinearMap]:
+        """How each weight multiplies its input; of a weight with several uses, the first."""
+        found: dict[Value, LinearMap] = {}
+        for linear in linear_maps(self.program).values():
+            found.setdefault(linear.weight, linear)
+        return found
+
+    def columns(self, score: Callable[[Tensor, Any], Tensor], need: str, value: Value) -> Tensor | None:
+        """(length of the input axis,): `score(matrix (groups, outputs, inputs), statistic) -> (groups, inputs)` of one weight, summed over
+        groups and window; None where the weight is no linear map.
+        """
+        linear, found = self.linear.get(value), self.observed(need).get(value)
+        if linear is None or found is None:
+            return None
+        key = (score, value, -1)
+        if key not in self._sums:
+            self._sums[key] = linear.along_input(score(linear.matrix(self.weight(value)), found))
+        return self._sums[key]
+
+    def gradients(self, value: Value) -> Gradients | None:
+        """Mean gradient and mean squared gradient of a weight, one sample at a time; None where no gradient reaches it."""
+        return self._gradients.get(value)
+
+    def saliency(self, entry: Callable[[Tensor, Gradients], Tensor], value: Value, axis: int) -> Tensor:
+        """(length of the axis,): `entry(weight, gradients)`, elementwise, summed over all other axes; zero where no gradient reaches."""
+        key = (entry, value, axis)
+        if key not in self._sums:
+            found = self.gradients(value)
+            weight = self.weight(value)
+            self._sums[key] = _over_others(torch.zeros_like(weight) if found is None else entry(weight, found), axis)
+        return self._sums[key]
+
     def first_order(self, value: Value, axis: int) -> Tensor:
         """(batches, length of the axis): weight times gradient of the loss, summed over all other axes; zero for running statistics."""
         found = self._first_order.get((value, axis))
@@ -65,19 +114,34 @@ class Statistics:
 
     @cached_property
     def _first_order(self) -> Mapping[tuple[Value, int], Tensor]:
+        found: dict[tuple[Value, int], list[Tensor]] = {}
+        for gradients in self._backward(batches(self.program, self.data)):
+            for value, (leaf, gradient) in gradients.items():
+                product = torch.zeros_like(leaf) if gradient is None else leaf * gradient
+                for axis in range(leaf.dim()):
+                    found.setdefault((value, axis), []).append(_over_others(product, axis))
+        return {key: torch.stack(rows) for key, rows in found.items()}
+
+    @cached_property
+    def _gradients(self) -> dict[Value, Gradients]:
+        found: dict[Value, Gradients] = {}
+        for gradients in self._backward(samples(self.program, self.data)):
+            for value, (_, gradient) in gradients.items():
+                if gradient is not None:
+                    found.setdefault(value, Gradients()).update(gradient)
+        all_shards(found)  # type: ignore[arg-type]
+        return found
+
+    def _backward(self, data: Iterable[Batch]) -> Iterator[dict[Value, tuple[Tensor, Tensor | None]]]:
+        """Every weight with its gradient of the loss, batch by batch."""
         weights = [v for v in self.program.weights.values() if v.is_weight and v.kind is Kind.PARAMETER and v.uses and not _is_running(v)]
-        found: dict[tuple[Value, int], list[Tensor]] = {(v, axis): [] for v in weights for axis in range(len(v.shape or ()))}
         wide = any(v.dtype in (torch.float16, torch.bfloat16) for v in weights)
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = {v: weight_of(v).clone().requires_grad_() for v in weights}
-            for inputs, item in batches(self.program, self.data):
+        leaves = {v: weight_of(v).clone().requires_grad_() for v in weights}
+        for inputs, item in timed(data, self.data, "gradients"):
+            with torch.inference_mode(False), torch.enable_grad():
                 loss = self._loss(run(self.program, inputs, tensors=leaves, dtype=torch.float32 if wide else None), inputs, item)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                for (value, leaf), gradient in zip(leaves.items(), gradients):
-                    product = torch.zeros_like(leaf) if gradient is None else leaf.detach() * gradient
-                    for axis in range(leaf.dim()):
-                        found[value, axis].append(_over_others(product, axis))
-        return {key: torch.stack(rows) for key, rows in found.items()}
+            yield {value: (leaf.detach(), gradient) for (value, leaf), gradient in zip(leaves.items(), gradients)}
 
     def _loss(self, outputs: list[Any], inputs: list[Any], item: Any) -> Tensor:
         output = structured(self.program, outputs)

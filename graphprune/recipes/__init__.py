@@ -1,7 +1,34 @@
-"""Published methods as compositions of unit, score, allocation and repair. None is registered yet: see the changelog."""
+"""Published methods as compositions of unit, score, allocation and repair: a file each, and a row here."""
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-RECIPES: dict[str, Any] = {}
+from graphprune.errors import InvalidInput
+from graphprune.recipes import magnitude, mrp, sparsegpt, tiles, wanda
+from graphprune.recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for module in (magnitude, wanda, sparsegpt, mrp, tiles)
+    for recipe in module.RECIPES
+}
+
+
+def recipe_of(given: Any) -> Recipe:
+    """A recipe by name, or one of the user's.
+
+    Raises:
+        InvalidInput: no recipe has this name.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str) and given in RECIPES:
+        return RECIPES[given]
+    close = difflib.get_close_matches(str(given), RECIPES, 3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(RECIPES)}"
+    raise InvalidInput(f"recipe {given!r} is not known; {hint}")
+
+
+__all__ = ["RECIPES", "Recipe", "recipe_of"]

@@ -29,7 +29,8 @@ def check_repairs(names: Iterable[str], data: Any = None) -> None:
     """
     for name in names:
         if name not in REPAIRS:
-            raise InvalidInput(f"no repair is named {name!r}; known are {', '.join(REPAIRS)}")
+            of_masks = " (those of masks come with recipes such as 'sparsegpt')" if name.startswith("obs") else ""
+            raise InvalidInput(f"no repair is named {name!r}; known are {', '.join(REPAIRS)}{of_masks}")
         if data is None and name not in DATA_FREE:
             raise InvalidInput(f"repair {name!r} needs calibration_data; without data only {', '.join(DATA_FREE)} works")
 

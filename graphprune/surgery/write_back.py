@@ -62,9 +62,9 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
         inplace: make the changes in the user's module, all of them or none. (An edited graph is always a module of its own.)
     """
     original: nn.Module = program.source.module
-    if not cut.removed:
-        return WriteBack(original if inplace else copied(original, {}), "module")
     replacements = named_replacements(program, cut, pruned)
+    if not cut.removed and not replacements:
+        return WriteBack(original if inplace else copied(original, {}), "module")
     search = _Search(program, cut, pruned, replacements)
     result = search.result()
     if result.how == "graph":

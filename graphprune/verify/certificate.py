@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from graphprune.execute.interpreter import run
-from graphprune.program import Program
+from graphprune.program import Program, Value
 from graphprune.surgery import Cut, apply_cut
 from graphprune.verify.masking import run_masked
 
@@ -107,25 +107,31 @@ def certify(
     dtype: torch.dtype = torch.float64,
     plan_hash: str = "",
     seconds: float = float("inf"),
+    zeroed: Mapping[Value, torch.Tensor] | None = None,
 ) -> Certificate:
     """Compare the pruned program with the masked original on several random inputs; after `seconds` no further input is begun.
 
     Inputs are drawn at a scale at which the cut moves the output, where there is one.
+
+    Args:
+        zeroed: the weights that a plan puts zeros into, as they then are, at their original shapes.
     """
+    zeroed = dict(zeroed or {})
     error = floor = effect = 0.0
     start = time.perf_counter()
     done: list[int] = []
     for seed in seeds:
         if not done:
-            scale, inputs, masked, effect = _telling(program, cut, seed, dtype, start + seconds)
+            scale, inputs, masked, effect = _telling(program, cut, seed, dtype, start + seconds, zeroed)
             noise = torch.Generator().manual_seed(seed)
-            shaken = {v: _shaken(t.to(dtype), noise) for v in program.weights.values() if v.is_weight and (t := v.tensor) is not None}
+            weights = {v: zeroed.get(v, v.tensor) for v in program.weights.values() if v.is_weight and v.tensor is not None}
+            shaken = {v: _shaken(t.to(dtype), noise) for v, t in weights.items()}
             floor = distance(run_masked(program, cut, inputs, dtype, shaken), masked)
         elif time.perf_counter() - start > seconds:
             break
         else:
             inputs = random_inputs(program, seed, scale)
-            masked = run_masked(program, cut, inputs, dtype)
+            masked = run_masked(program, cut, inputs, dtype, zeroed)
         error = max(error, distance(run(pruned, inputs, dtype=dtype), masked))
         done.append(seed)
     tolerance = max(TOLERANCE[dtype], FLOOR_FACTOR * floor)
@@ -133,7 +139,7 @@ def certify(
         status = "failed"
     elif floor > ILL_CONDITIONED and dtype is torch.float64:
         status = "ill-conditioned"
-    elif not effect >= VISIBLE and cut.removed:
+    elif not effect >= VISIBLE and (cut.removed or zeroed):
         status = "not tested"
     else:
         status = "passed"
@@ -156,15 +162,17 @@ def certify(
     )
 
 
-def _telling(program: Program, cut: Cut, seed: int, dtype: torch.dtype, deadline: float) -> tuple[float, list[Any], list[Any], float]:
+def _telling(
+    program: Program, cut: Cut, seed: int, dtype: torch.dtype, deadline: float, zeroed: Mapping[Value, torch.Tensor] | None = None
+) -> tuple[float, list[Any], list[Any], float]:
     """Scale, inputs, masked output and effect of the cut, at the first of `SCALES` where it shows, else at the usual one."""
     first = None
     for scale in SCALES:
         inputs = random_inputs(program, seed, scale)
-        masked = run_masked(program, cut, inputs, dtype)
+        masked = run_masked(program, cut, inputs, dtype, zeroed)
         found = scale, inputs, masked, distance(run(program, inputs, dtype=dtype), masked)
         first = first or found
-        if found[-1] >= VISIBLE or not cut.removed:
+        if found[-1] >= VISIBLE or not (cut.removed or zeroed):
             return found
         if time.perf_counter() > deadline or not any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs):
             break

@@ -1,0 +1,144 @@
+"""One run over the calibration data that feeds every statistic asked for.
+
+A tap says which nodes are watched and what adds up one run of each; several share one pass. Under `torch.distributed` every rank passes its
+own shard of the data, and all ranks end with the statistics of the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.calibration.accumulators import Gram, Moments, Similarity
+from graphprune.calibration.batches import batches
+from graphprune.errors import InvalidInput
+from graphprune.execute.interpreter import Compute, run
+from graphprune.linear_maps import LinearMap, linear_map, linear_maps
+from graphprune.program import Node, Program
+
+log = logging.getLogger("graphprune")
+
+Store = dict[Hashable, Any]  # what is observed (a weight, a branch) -> its accumulator
+Observer = Callable[[Mapping[str, Any], tuple[Any, ...]], None]  # (arguments, results) of one run of a node
+
+
+Tap = Callable[[Program, Store], Mapping[Node, Observer]]
+
+
+def _rows(make: Callable[[], Any]) -> Tap:
+    """Statistics of the rows that every weight multiplies, those of all its uses together."""
+
+    def sites(program: Program, store: Store) -> Mapping[Node, Observer]:
+        def observer(linear: LinearMap) -> Observer:
+            accumulator = store.setdefault(linear.weight, make())
+
+            def observe(args: Mapping[str, Any], results: tuple[Any, ...]) -> None:
+                accumulator.update(*linear.rows(args))
+
+            return observe
+
+        return {node: observer(linear) for node, linear in linear_maps(program).items()}
+
+    return sites
+
+
+def _similarities(program: Program, store: Store) -> Mapping[Node, Observer]:
+    """Of every residual branch: what enters its addition beside it, and what leaves."""
+    from graphprune.branches import branches
+
+    def observer(branch: Any) -> Observer:
+        accumulator = store.setdefault(branch.join, Similarity())
+        name = next(key for key, value in branch.join.args.items() if value is branch.skip)
+
+        def observe(args: Mapping[str, Any], results: tuple[Any, ...]) -> None:
+            before, after = features_last(args[name]), features_last(results[0])
+            accumulator.update(before, after)
+
+        return observe
+
+    return {branch.join: observer(branch) for branch in branches(program)}
+
+
+def features_last(x: Tensor) -> Tensor:
+    """Images have their channels second."""
+    return x.movedim(1, -1) if x.dim() >= 4 else x
+
+
+TAPS: Mapping[str, Tap] = {"moments": _rows(Moments), "gram": _rows(Gram), "similarity": _similarities}
+
+
+def tapped(program: Program, data: Any, needs: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Store]:
+    """The statistics named, by what they are of.
+
+    Args:
+        needs: names of `TAPS`.
+        dtype: what to compute in; None for the dtypes of the program.
+
+    Raises:
+        InvalidInput: an activation is not finite.
+    """
+    found: dict[str, Store] = {name: {} for name in needs}
+    watched: dict[Node, list[Observer]] = {}
+    for name, store in found.items():
+        for node, observer in TAPS[name](program, store).items():
+            watched.setdefault(node, []).append(observer)
+
+    def intercept(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
+        results = compute(args)
+        if node in watched:
+            check_finite(node, args)
+            for observe in watched[node]:
+                observe(args, results)
+        return results
+
+    for inputs, _ in timed(batches(program, data), data, "statistics"):
+        run(program, inputs, intercept=intercept, dtype=dtype)
+    for store in found.values():
+        all_shards(store)
+    return found
+
+
+def check_finite(node: Node, args: Mapping[str, Any]) -> None:
+    """Raises:
+    InvalidInput: what the node reads is not finite.
+    """
+    linear = linear_map(node)
+    x = args[linear.operand] if linear is not None else None
+    if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+        raise InvalidInput(
+            f"the input of {node.op_type} {node.scope or node.name} is not finite on the calibration data "
+            f"({int((~torch.isfinite(x)).sum())} of {x.numel()} entries); are the data right, and is the dtype wide enough?"
+        )
+
+
+def timed(items: Iterable[Any], data: Any, doing: str) -> Iterable[Any]:
+    """The items, and word of the time left once a second."""
+    total = len(data) if hasattr(data, "__len__") and not isinstance(data, (Tensor, Mapping, tuple)) else None
+    start = said = time.perf_counter()
+    for i, item in enumerate(items):
+        yield item
+        now = time.perf_counter()
+        if now - said > 1.0:
+            said = now
+            left = f" of {total}, {(now - start) / (i + 1) * max(total - i - 1, 0):.0f} s left" if total else ""
+            log.info("%s: batch %d%s", doing, i + 1, left)
+
+
+def all_shards(store: Mapping[Hashable, Any]) -> None:
+    """Join the accumulators of all ranks, in the order of ranks, so that every rank ends with the same numbers."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+        return
+    for accumulator in store.values():
+        shards: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shards, accumulator)
+        first = shards[0]
+        for shard in shards[1:]:
+            first.merge(shard)
+        accumulator.__dict__.update(first.__dict__)
+
+

@@ -1,0 +1,48 @@
+"""A published method as the composition of its four parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from graphprune.importance import Importance
+from graphprune.sparsity.methods import Weights
+from graphprune.units import DEFAULT_UNITS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """UNIT x SCORE x ALLOCATION x REPAIR.
+
+    A recipe names no architecture: it works wherever its unit exists. What a user passes besides (`ignore`, `round_to`, budgets, other
+    `units`) goes on top of it.
+    """
+
+    name: str
+    paper: str  # authors, year, arXiv id
+    formula: str  # the score, for people
+    score: Importance | Weights
+    unit: tuple[str, ...] | str = DEFAULT_UNITS  # kinds of groups; for weights the pattern
+    allocation: Any = "local"  # a scope, by name or as an object
+    repair: tuple[str, ...] = ()
+    data: bool = True  # takes calibration data
+    deviations: str = ""  # from the paper
+
+    @property
+    def sparse(self) -> bool:
+        """Does it put zeros into tensors, in place of removing units?"""
+        return isinstance(self.score, Weights)
+
+    def describe(self) -> dict[str, str]:
+        """The parts as text, for tables."""
+        allocation = self.allocation if isinstance(self.allocation, str) else type(self.allocation).__name__.lower()
+        if isinstance(self.score, Weights):
+            allocation = f"same sparsity per {self.score.compare}"
+        return {
+            "unit": self.unit if isinstance(self.unit, str) else ", ".join(self.unit),
+            "score": self.formula,
+            "allocation": allocation,
+            "repair": self.score.update or "-" if isinstance(self.score, Weights) else ", ".join(self.repair) or "-",
+            "data": "yes" if self.data else "no",
+            "paper": self.paper,
+        }

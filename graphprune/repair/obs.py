@@ -1,0 +1,105 @@
+"""Optimal brain surgeon on one linear map: what to do with the kept weights of a row when others go.
+
+With H the second moment of the inputs, a row w and its removed set P, the loss of the best repair and the repair itself are
+
+    loss(P) = 1/2 w_P ([H^-1]_PP)^-1 w_P^T          change = - w_P ([H^-1]_PP)^-1 [H^-1]_P,:
+
+(Hassibi and Stork 1993; all weights of P at once: "joint"). SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) removes the weights of
+P one after the other from left to right, moving only columns further right: "sequential", never better than joint on the same set.
+`sweep` goes through the columns in steps; after a step its columns are final, and the Cholesky factor of H^-1 holds what the rest needs.
+
+Everything is batched over groups: weights are (groups, outputs, columns), H is (groups, columns, columns), masks are True where kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROWS = 1 << 24  # entries of the row systems that are solved at once
+
+Choose = Callable[[int, Tensor, Tensor], Tensor]  # (first column, weights of the step, inverse over the step) -> mask of the step
+
+
+def inverse(hessian: Tensor) -> Tensor:
+    """Inverse of a symmetric positive definite matrix, more damping added where rounding needs it."""
+    return torch.cholesky_inverse(_factor(hessian))
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    damping = 0.0
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(8):
+        factor, info = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
+        if not info.any():
+            return factor
+        damping = 10 * damping or 1e-6
+    raise torch.linalg.LinAlgError(f"the second moments of {matrix.shape[-1]} inputs stay singular with damping {damping / 10:g}")
+
+
+def loss(change: Tensor, hessian: Tensor) -> Tensor:
+    """(groups,): mean squared error that a change of the weights makes in the layer's result, halved."""
+    return 0.5 * ((change @ hessian) * change).sum((-2, -1))
+
+
+def sweep(weight: Tensor, hessian: Tensor, choose: Choose, step: int, joint: bool) -> tuple[Tensor, Tensor]:
+    """New weights, removed ones exactly zero, and the mask.
+
+    Args:
+        choose: what stays of the next `step` columns, from their weights as earlier steps left them and the inverse Hessian over them and
+            all later columns, restricted to them.
+        joint: compensate the removed weights of a step together; else one column after the other.
+    """
+    upper = torch.linalg.cholesky(inverse(hessian)).mT
+    weight, keep = weight.to(hessian.dtype).clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[-1], step):
+        here = slice(start, min(start + step, weight.shape[-1]))
+        corner = upper[..., here, here]
+        rows = corner.mT @ upper[..., here, start:]  # the inverse over what is left, rows of this step
+        now = weight[..., here]
+        keep[..., here] = choose(start, now, rows[..., : now.shape[-1]])
+        gone = ~keep[..., here]
+        if joint:
+            weight[..., start:] -= _joint(now, gone, rows[..., : now.shape[-1]]) @ rows
+        else:
+            weight[..., start:] -= _sequential(now, gone, corner) @ upper[..., here, start:]
+        weight[..., here].masked_fill_(gone, 0.0)
+    return weight, keep
+
+
+def _joint(weight: Tensor, gone: Tensor, inner: Tensor) -> Tensor:
+    """(groups, outputs, step): w_P ([H^-1]_PP)^-1 of every row, zero outside P."""
+    out = torch.empty_like(weight)
+    size = weight.shape[-1]
+    for g in range(weight.shape[0]):
+        for part in torch.arange(weight.shape[1], device=weight.device).split(max(1, ROWS // size**2)):
+            mask = gone[g, part].to(weight)
+            system = inner[g] * mask[:, :, None] * mask[:, None, :] + torch.diag_embed(1 - mask)
+            out[g, part] = torch.linalg.solve(system, (weight[g, part] * mask)[..., None])[..., 0]
+    return out
+
+
+def _sequential(weight: Tensor, gone: Tensor, corner: Tensor) -> Tensor:
+    """(groups, outputs, step): the scaled error of each column, those of earlier columns made up for first."""
+    weight, errors = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[-1]):
+        errors[..., j] = torch.where(gone[..., j], weight[..., j], 0.0) / corner[..., None, j, j]
+        weight[..., j:] -= errors[..., j : j + 1] * corner[..., None, j, j:]
+    return errors
+
+
+def refit(weight: Tensor, keep: Tensor, hessian: Tensor) -> Tensor:
+    """The least-squares answer for a given mask, row by row: `w_K <- (w H)_K (H_KK)^-1`. Cubic in the columns for every row.
+
+    It equals the joint repair of all removed weights at once, and is the oracle of `sweep`.
+    """
+    out = torch.zeros_like(weight, dtype=hessian.dtype)
+    target = weight.to(hessian.dtype) @ hessian
+    for g, o in ((g, o) for g in range(weight.shape[0]) for o in range(weight.shape[1])):
+        stays = keep[g, o].nonzero()[:, 0]
+        if len(stays):
+            out[g, o, stays] = torch.linalg.solve(hessian[g][stays][:, stays], target[g, o, stays])
+    return out

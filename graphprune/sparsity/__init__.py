@@ -1,0 +1,10 @@
+"""Zeros inside tensors: patterns, methods, and the masks that a plan holds."""
+
+from graphprune.sparsity.methods import UPDATES, Weights
+from graphprune.sparsity.patterns import NOfM, Pattern, Tiles, Unstructured, pattern_of
+from graphprune.sparsity.solve import apply_masks, maskable, repair_masked, solve_masks
+
+__all__ = [
+    "UPDATES", "NOfM", "Pattern", "Tiles", "Unstructured", "Weights", "apply_masks", "maskable", "pattern_of", "repair_masked",
+    "solve_masks",
+]
