@@ -17,7 +17,7 @@ from graphprune import axes as ax
 from graphprune.analysis import Analysis, axis_key
 from graphprune.axes import Axis, Factor
 from graphprune.branches import Branch
-from graphprune.ops import selective_scan, ssd
+from graphprune.ops import delta_rule, selective_scan, ssd
 from graphprune.program import Kind, Node, Program, Value, leaves
 from graphprune.report import Footprint
 
@@ -193,6 +193,7 @@ MACS: Mapping[tuple[str, str], Macs] = {
     ("", "Attention"): _onnx_attention,
     ("graphprune", "selective_scan"): _scan(selective_scan.macs),
     ("graphprune", "ssd_scan"): _scan(ssd.macs),
+    ("graphprune", "gated_delta_rule"): _scan(delta_rule.macs),
 }
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.capture.torch_export import capture_torch
+from graphprune.ops.delta_rule import gated_delta_rule
 from graphprune.ops.selective_scan import selective_scan
 from graphprune.ops.ssd import ssd_scan
 from graphprune.program import Program
@@ -536,6 +537,7 @@ sample("searchsorted", lambda b, x: torch.searchsorted(b.sort().values, x), (7,)
 sample("bucketize", lambda b, x: torch.bucketize(x, b.sort().values), (7,), (5, 3))
 sample("nonzero", lambda x: torch.arange(x.nonzero().shape[0]) * 2, (3, 7))
 sample("nonzero", lambda x: x.nonzero(), (3, 7))
+sample("where", lambda m: torch.where(m)[0], bools(3, 7))
 sample("_is_all_true _is_any_true", lambda op, x: op(x), bools(3, 7))
 sample("nonzero_static", lambda x: aten.nonzero_static(x, size=9), (3, 7))
 sample("masked_select", lambda x, m: x.masked_select(m), (3, 7), bools(3, 7))
@@ -605,8 +607,9 @@ sample("lift_fresh_copy", lambda x: aten.lift_fresh_copy(x), (5, 7))
 sample("sigmoid exp exp2 cos cosh softplus hardsigmoid erfc log_sigmoid", lambda op, x: op(x), (5, 7))
 sample("log log2 log10 rsqrt reciprocal", lambda op, x: op(x), positive(5, 7))
 sample("acos arccos logit", lambda op, x: op(x.sigmoid()), (5, 7))
+sample("less less_equal greater greater_equal", lambda op, x, y: op(x, y), (5, 7), (7,))
 sample("lt le gt ge", lambda op, x, y: op(x, y), (5, 7), (7,))
-sample("eq ne", lambda op, x, y: op(x, y), ints(3, 5, 7), ints(3, 7))
+sample("eq ne not_equal", lambda op, x, y: op(x, y), ints(3, 5, 7), ints(3, 7))
 sample("isnan isinf isfinite logical_not", lambda op, x: op(x), (5, 7), blind=True)
 sample("bitwise_not", lambda x: ~(x > 0), (5, 7))
 sample("full_like", lambda x: torch.full_like(x, 3.0), (5, 7), blind=True)
@@ -709,5 +712,17 @@ sample(
     "ssd_scan",
     lambda x, d, A, B, C, D, s: ssd_scan(x, F.softplus(d), -A.exp(), B, C, D, s),
     *((2, 5, 6, 7), (2, 5, 6), (6,), (2, 5, 2, 4), (2, 5, 2, 4), (6,), (2, 6, 7, 4)),
+    domain="graphprune",
+)
+sample(
+    "gated_delta_rule",
+    lambda q, k, v, g, w: gated_delta_rule(q, k, v, -g.abs(), w.sigmoid()),
+    *((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 6, 7), (2, 5, 6), (2, 5, 6)),
+    domain="graphprune",
+)
+sample(
+    "gated_delta_rule",
+    lambda q, k, v, g, w, s: gated_delta_rule(q, k, v, -g.abs(), w.sigmoid(), s),
+    *((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 3, 7), (2, 5, 3), (2, 5, 3), (2, 3, 4, 7)),
     domain="graphprune",
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.capture.scans import scans_captured_whole
 from graphprune.errors import CaptureError, InvalidInput
-from graphprune.ops import selective_scan, ssd
+from graphprune.ops import delta_rule, selective_scan, ssd
 from tests.randomise import randomise, seeded
 
 transformers = pytest.importorskip("transformers")
@@ -20,6 +20,7 @@ GENERAL = dict(vocab_size=40, hidden_size=12, num_hidden_layers=2)
 ATTENTION = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=14)
 MAMBA1 = dict(state_size=5, time_step_rank=3, expand=2)
 MAMBA2 = dict(mamba_n_heads=6, mamba_d_head=4, mamba_n_groups=2, mamba_d_state=5, mamba_expand=2, mamba_chunk_size=4)
+DELTA = dict(linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=5, linear_value_head_dim=3, linear_conv_kernel_dim=3)
 MODELS = {  # model type -> (options of a tiny config, scan op, how many of them)
     "mamba": (MAMBA1, "selective_scan", 2),
     "falcon_mamba": (MAMBA1, "selective_scan", 2),
@@ -59,6 +60,13 @@ MODELS = {  # model type -> (options of a tiny config, scan op, how many of them
         | dict(layers_block_type=["mamba", "attention", "mamba"], num_hidden_layers=3),
         "ssd_scan",
         2,
+    ),
+    "olmo_hybrid": (dict(ATTENTION, **DELTA, pad_token_id=0, layer_types=["linear_attention", "full_attention"]), "gated_delta_rule", 1),
+    "qwen3_next": (
+        dict(ATTENTION, **DELTA, layer_types=["linear_attention", "full_attention"], num_experts=3, num_experts_per_tok=2)
+        | dict(linear_num_key_heads=2, head_dim=8, moe_intermediate_size=6, shared_expert_intermediate_size=8),
+        "gated_delta_rule",
+        1,
     ),
 }
 
@@ -174,7 +182,50 @@ def test_wrong_shapes_are_named(name):
         OPS[name][1](*wrong[:4], torch.tensor(1.0))
 
 
+def delta_operands(dtype=torch.float64, requires_grad=False, length=7, heads=(2, 4)) -> list[torch.Tensor]:
+    sizes = dict(zip("blghkv", (2, length, *heads, 3, 5)))
+    generator = torch.Generator().manual_seed(0)
+    axes = ("blgk", "blgk", "blhv", "blh", "blh", "bhkv")
+    found = [torch.randn([sizes[a] for a in axis], generator=generator, dtype=torch.float64) for axis in axes]
+    found[1] = found[1] / found[1].norm(dim=-1, keepdim=True)
+    found[3], found[4] = -found[3].abs(), found[4].sigmoid()
+    return [t.to(dtype).requires_grad_(requires_grad) for t in found]
+
+
+def delta_definition(query, key, value, decay, beta, state=None):
+    """The recurrence of the docstring, one position and head at a time."""
+    (b, length, h, v), k, per = value.shape, key.shape[3], value.shape[2] // key.shape[2]
+    state, y = torch.zeros(b, h, k, v, dtype=value.dtype) if state is None else state.clone(), torch.empty_like(value)
+    for i, t, j in torch.cartesian_prod(torch.arange(b), torch.arange(length), torch.arange(h)).tolist():
+        held = decay[i, t, j].exp() * state[i, j]
+        state[i, j] = held + torch.outer(key[i, t, j // per], beta[i, t, j] * (value[i, t, j] - held.T @ key[i, t, j // per]))
+        y[i, t, j] = state[i, j].T @ query[i, t, j // per]
+    return y, state
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (3, 3)])
+@pytest.mark.parametrize("present", [5, 6], ids=["plain", "state"])
+def test_delta_rule_is_the_definition(present, heads, monkeypatch):
+    monkeypatch.setattr(delta_rule, "_CHUNK", 3)
+    given = delta_operands(heads=heads)[:present]
+    for found, expected in zip(delta_rule.gated_delta_rule(*given), delta_definition(*given)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    given[4] = given[4] * (1 + 1e-6)
+    assert (delta_rule.gated_delta_rule(*given)[0] - delta_definition(*delta_operands(heads=heads)[:present])[0]).abs().max() > 1e-9
+
+
+def test_delta_rule_as_an_op(monkeypatch):
+    monkeypatch.setattr(delta_rule, "_CHUNK", 2)
+    assert torch.autograd.gradcheck(delta_rule.gated_delta_rule, delta_operands(requires_grad=True, length=5), fast_mode=True)
+    torch.library.opcheck(delta_rule.gated_delta_rule, delta_operands(torch.float32, requires_grad=True))
+    y, _ = delta_rule.gated_delta_rule(*delta_operands(torch.bfloat16))
+    assert y.dtype == torch.float32
+    with pytest.raises(InvalidInput, match=r"axis .* expected"):
+        delta_rule.gated_delta_rule(*delta_operands(length=7)[:3], *delta_operands(length=6)[3:5])
+
+
 def test_macs_by_hand():
+    assert delta_rule.macs((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 6, 7), (2, 5, 6), (2, 5, 6)) == 4 * 2 * 5 * 6 * 4 * 7
     assert selective_scan.macs((1, 3, 5), (1, 3, 5), (3, 2), (1, 2, 5), (1, 2, 5)) == 3 * 5 * (4 * 2 + 2)
     assert ssd.macs((2, 5, 6, 4), (2, 5, 6), (6,), (2, 5, 3, 7), (2, 5, 3, 7)) == 2 * 5 * 6 * 4 * (3 * 7 + 2)
 

@@ -32,16 +32,19 @@ def exercise(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     with torch.no_grad():
         targets = [y + 0.3 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)) * y.std() for y in outputs()]
     seconds = time.perf_counter() - start
+    reloads = _reloads(module)  # first: a module that keeps results of a call cannot be copied once they have a gradient
     falls = _falls(module, outputs, targets) if seconds <= SLOWEST else f"not tried: {seconds:.1f} s per call"
-    return {"falls": falls, "reloads": _reloads(module), "modes": _modes(module, outputs)}
+    return {"falls": falls, "reloads": reloads, "modes": _modes(module, outputs)}
 
 
 def _falls(module: nn.Module, outputs: Any, targets: list[torch.Tensor]) -> bool:
     """Twenty steps of SGD lower the distance to a perturbed output, at one of three rates."""
     start = copy.deepcopy(module.state_dict())
 
+    spread = [t.var() if t.numel() > 1 else torch.zeros(()) for t in targets]  # an output that is one number, such as a loss, has none
+
     def loss() -> torch.Tensor:
-        return sum(((y - t) ** 2).mean() / t.var().clamp_min(1e-12) for y, t in zip(outputs(), targets))  # type: ignore[return-value]
+        return sum(((y - t) ** 2).mean() / v for y, t, v in zip(outputs(), targets, spread) if v > 1e-12)  # type: ignore[return-value]
 
     for rate in (1e-2, 1e-3, 1e-4):
         module.load_state_dict(start)

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graphprune.errors import CaptureError
+from graphprune.ops.delta_rule import gated_delta_rule
 from graphprune.ops.selective_scan import selective_scan
 from graphprune.ops.ssd import ssd_scan
 
@@ -81,6 +83,28 @@ def _ssd_scan(
     return (y, state) if return_final_states else y
 
 
+def _gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Gated DeltaNet: norms and scale of queries and keys before `graphprune::gated_delta_rule`."""
+    _refuse_packed(options)
+    dtype, precise = value.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(precise), key.to(precise)
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (query, key))
+    y, state = gated_delta_rule(query * query.shape[-1] ** -0.5, key, value, g, beta, initial_state)
+    return y.to(dtype), state if output_final_state else None
+
+
 def _refuse_packed(options: dict[str, Any]) -> None:
     for name in ("seq_idx", "cu_seqlens"):
         if options.get(name) is not None:
@@ -106,11 +130,12 @@ def _not_fused(original: Callable[..., Any]) -> Callable[..., None]:
 _PATCHES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {  # function of a modeling file -> what to make of it
     "mamba_selective_scan": lambda original: _selective_scan,  # Mamba, FalconMamba, Jamba, Zamba (one call per mamba head)
     "mamba2_chunk_scan": lambda original: _ssd_scan,  # Mamba2, Bamba, Zamba2, FalconH1, GraniteMoeHybrid, NemotronH
+    "torch_chunk_gated_delta_rule": lambda original: _gated_delta_rule,  # Qwen3-Next, Qwen3.5, OLMo hybrid
     "mamba_inner_fn": _not_fused,
     "mamba2_split_conv1d_scan_combined": _not_fused,
     "causal_conv1d_fn": _plain_convolution,
 }
-_SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
+_SCANS = ("mamba_selective_scan", "mamba2_chunk_scan", "torch_chunk_gated_delta_rule")
 _lock = threading.Lock()
 _entered = 0
 _originals: list[tuple[ModuleType, str, Any]] = []
@@ -118,7 +143,7 @@ _originals: list[tuple[ModuleType, str, Any]] = []
 
 @contextmanager
 def scans_captured_whole() -> Iterator[None]:
-    """Inside, mixers of the `transformers` models that are loaded run their scans as `graphprune::selective_scan` and `::ssd_scan`.
+    """Inside, mixers of the `transformers` models that are loaded run their scans as ops of `graphprune`.
 
     May be nested and entered from several threads: the first entry patches, the last exit restores. Another thread that runs such a
     model meanwhile computes the same, through our reference.

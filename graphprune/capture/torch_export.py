@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.capture.known_values import KnownValues
 from graphprune.errors import CaptureError, InvalidInput
 from graphprune.program import Kind, Node, Program, Value, substitute
 
@@ -47,19 +50,43 @@ def capture_torch(
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(module, torch.jit.ScriptModule):
         raise InvalidInput("a ScriptModule has no Python source to export; give the nn.Module that it was made from, or its ONNX export")
-    with evaluating(module), torch.no_grad(), _scans():
+    with evaluating(module), torch.no_grad(), _scans(), _settled(), KnownValues(module) as values:
         try:
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"torch.export rejects {type(module).__name__}: {first}") from error
     graph_module = _inlined(_unlifted(exported))
+    if values.assumed:
+        _compare(module, graph_module, args, kwargs)
     if _writes_through_aliases(graph_module.graph):
         with torch.no_grad(), _scans():
-            exported = exported.run_decompositions({})
+            exported = exported.run_decompositions({torch.ops.aten.copy.default: _copied})
         graph_module = _inlined(_unlifted(exported))
     example = tuple(pytree.tree_leaves((args, kwargs)))
     return from_graph_module(graph_module, example, TorchSource(module, graph_module, args, kwargs, dynamic_shapes))
+
+
+def _copied(over: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """What an in-place copy leaves behind, in ops that have a derivative."""
+    source = source if source.dtype == over.dtype else source.to(over.dtype)
+    return source.expand(over.shape) if source.shape != over.shape else source.clone()
+
+
+def _compare(module: nn.Module, graph_module: fx.GraphModule, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Does the graph compute what the module does?
+
+    Raises:
+        CaptureError: it does not.
+    """
+    with evaluating(module), torch.no_grad():
+        pairs = zip(pytree.tree_leaves(module(*args, **kwargs)), pytree.tree_leaves(graph_module(*args, **kwargs)))
+        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs if isinstance(a, torch.Tensor))
+    if not same:
+        raise CaptureError(
+            f"{type(module).__name__} loops over positions that it finds in a tensor, and a graph that visits all positions computes "
+            "something else; let the loop visit all of them, or add nothing for those that it may skip"
+        )
 
 
 @contextlib.contextmanager
@@ -73,6 +100,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Inside, `module.to(dtype)` of a module that is there already does nothing: under a trace parameters cannot be replaced."""
+    original = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        held = [*module.parameters(), *module.buffers()]
+        settled = layout is None and all(device in (None, t.device) for t in held)
+        settled = settled and all(dtype in (None, t.dtype) for t in held if t.is_floating_point())
+        return module if settled else original(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _scans() -> contextlib.AbstractContextManager:
@@ -226,7 +272,7 @@ def _value(name: str, kind: Kind, meta: Any, tensor: torch.Tensor | None = None)
     if not isinstance(meta, torch.Tensor):
         hint = meta
         if isinstance(meta, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            hint = meta.node.hint
+            hint = _hint(meta) if isinstance(meta, torch.SymInt) else meta.node.hint
         return Value(name, kind, None, None, tensor=torch.tensor(hint) if isinstance(hint, (int, float, bool)) else None)
     shape: list[int] = []
     dynamic: set[int] = set()
@@ -235,9 +281,24 @@ def _value(name: str, kind: Kind, meta: Any, tensor: torch.Tensor | None = None)
             symbolic = not length.node.is_constant() and not str(length.node.expr).isdigit()
             if symbolic:
                 dynamic.add(axis)
-            length = length.node.hint if symbolic else int(length)
-        shape.append(1 if length is None else int(length))
+            length = _hint(length) if symbolic else int(length)
+        shape.append(int(length))
     return Value(name, kind, tuple(shape), meta.dtype, frozenset(dynamic), tensor)
+
+
+def _hint(length: torch.SymInt) -> int:
+    """The size in the example run; for one that data decides, a prime of its own, so that no two such sizes look alike."""
+    if length.node.hint is not None:
+        return int(length.node.hint)
+    environment, sizes = length.node.shape_env, {}
+    for symbol in length.node.expr.free_symbols:
+        name = str(symbol)
+        known = None if name[0] in "uz" else environment.create_symintnode(symbol, hint=None).node.hint
+        sizes[symbol] = sympy.prime(_FIRST_PRIME + int(re.sub(r"\D", "", name) or 0)) if known is None else known
+    return max(int(length.node.expr.subs(sizes)), 0)
+
+
+_FIRST_PRIME = 27  # the 27th prime is 103: above the small sizes of heads and kernels
 
 
 def _attribute(graph_module, name, parameters, buffers, weights, aliases, by_storage) -> Any:
@@ -304,8 +365,8 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
     env[fx_node] = values if many else values[0]
     if constant:
         _evaluate(node)
-        if not symbolic and not op_type.startswith("new_"):
-            return
+        if not symbolic and not op_type.startswith("new_") and all(v.shape is not None for v in values):
+            return  # a number is computed again: those who take it want a number, not a tensor
     for value in values:
         value.producer = node
     nodes.append(node)
@@ -327,7 +388,7 @@ def _evaluate(node: Node) -> None:
         args = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in substitute(node.args, concrete).items()}
         result = node.call(**args)
     for value, tensor in zip(node.outputs, result if isinstance(result, (tuple, list)) else (result,)):
-        value.tensor = tensor
+        value.tensor = tensor if isinstance(tensor, torch.Tensor) or tensor is None else torch.tensor(tensor)
 
 
 class _Ref:

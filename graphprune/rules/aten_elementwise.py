@@ -80,6 +80,8 @@ def index_preserving(engine: Engine, node: Node) -> None:
 
 
 def where(engine: Engine, node: Node) -> None:
+    if "self" not in node.args:  # the positions of a condition
+        return engine.unsupported(Reason.FIXED)
     branches = [node[n] for n in ("self", "other") if not is_zero(node[n])]
     fam.pointwise(engine, tensors(node), *([b] if isinstance(b, Value) else () for b in branches))
 
@@ -301,7 +303,7 @@ ELEMENTWISE: dict[str, Rule] = {
     # f(0) != 0
     **dict.fromkeys(
         "sigmoid exp exp2 log log2 log10 cos acos arccos cosh rsqrt reciprocal softplus hardsigmoid log_sigmoid erfc logit "
-        "bitwise_not logical_not eq ne lt le gt ge isnan isinf isfinite".split(),
+        "bitwise_not logical_not eq ne lt le gt ge greater greater_equal less less_equal not_equal isnan isinf isfinite".split(),
         opaque,
     ),
     **dict.fromkeys(

@@ -106,7 +106,11 @@ def split(engine: Engine, x: Value, axis: int, lengths: Sequence[int]) -> None:
     dims = engine.axes(x)
     axis %= len(dims)
     if sum(lengths) != size(dims[axis]):  # lengths that are known only when the model runs
-        return engine.unsupported(Reason.DYNAMIC)
+        engine.freeze(dims[axis], Reason.DYNAMIC)
+        for out, n in zip(engine.node.outputs, lengths):
+            engine.set(out, [engine.frozen(n, Reason.DYNAMIC) if i == axis else a for i, a in enumerate(dims)])
+            engine.flow(out, [x], dropped=[dims[axis]])
+        return
     parts: list[Axis] = [[] if n == 1 else [Factor(n)] for n in lengths]
     engine.equate(dims[axis], [sum_of(part for part, n in zip(parts, lengths) if n)])
     for out, part in zip(engine.node.outputs, parts):

@@ -32,4 +32,15 @@ def ssd_scan(engine: Engine, node: Node) -> None:
     _scan(engine, node, "b _ (g q) p", "b _ g n", "(g q)", "b (g q) p n", sizes, {"g": "ssm_head", "q": "ssm_head", "p": "head_dim"})
 
 
-SCANS: dict[str, Rule] = {"selective_scan": selective_scan, "ssd_scan": ssd_scan}
+def gated_delta_rule(engine: Engine, node: Node) -> None:
+    """y = query (key (beta value) + what is left of the initial state); the decay only says how much is left."""
+    initial, groups = node["initial_state"], node["key"].shape[2]
+    terms = ["query[b _ g k] key[b _ g k] value[b _ (g r) v] beta[b _ (g r)]"]
+    terms += ["initial_state[b (g r) k v] query[b _ g k]"] * isinstance(initial, Value)
+    sizes = {"g": groups, "r": node["value"].shape[2] // groups}
+    marks = {"g": "kv_group" if sizes["r"] > 1 else "head", "r": "head", "k": "head_dim", "v": "head_dim"}
+    engine.spec(f"{' + '.join(terms)} ; decay[b _ (g r)] -> b _ (g r) v, b (g r) k v", sizes=sizes, marks=marks)
+    engine.flows[-1].terms = ((node["key"], node["value"], node["beta"]), *([(initial,)] if isinstance(initial, Value) else ()))
+
+
+SCANS: dict[str, Rule] = {"selective_scan": selective_scan, "ssd_scan": ssd_scan, "gated_delta_rule": gated_delta_rule}
