@@ -1,40 +1,54 @@
 """How long the analysis takes: on torchvision beside Torch-Pruning, and on Llama as it grows deeper.
 
-    python -m benchmarks.analysis torchvision [pattern]     ours (median of five) and Torch-Pruning 1.6.1, in turns, one process per network
+    python -m benchmarks.analysis torchvision [pattern]     ours and Torch-Pruning 1.6.1 in turns, medians of five, one process per network
     python -m benchmarks.analysis scaling                   10 to 160 layers of a 70B-shaped GQA Llama on the meta device
 
 Analysis is what lies between the exported graph and the list of groups with all index matrices. Torch-Pruning's time is `build_dependency`
-(its trace included) plus
-`get_all_groups`; our export is shown in a column of its own.
+(its trace included) plus `get_all_groups`; our export is shown in a column of its own. The load of the machine is printed: seconds on a
+busy one are upper bounds, their proportions still hold, as both tools run in turns.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import statistics
 import sys
 import time
+import warnings
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 
-LIMIT = 60.0  # seconds for Torch-Pruning, which does not end on some attention graphs
+from benchmarks.apart import apart
+
+LIMIT = 60.0  # seconds for one analysis by Torch-Pruning, which does not end on some graphs
+RUNS = 5
 
 
-def ours(name: str, pipe: Any) -> None:
+def captured(name: str) -> tuple[Any, Any, float]:
+    """A network, our capture of it, and the seconds that took."""
     from benchmarks.zoo_models import ROWS
     from graphprune.capture.torch_export import capture_torch
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     case = ROWS[name].build()
     start = time.perf_counter()
     program = capture_torch(case.module, case.args, case.kwargs)
-    capture = time.perf_counter() - start
-    pipe.send((capture, statistics.median(_solve(program) for _ in range(5))))
+    return case, program, time.perf_counter() - start
 
 
-def _solve(program: Any) -> float:
+def built(name: str) -> Any:
+    from benchmarks.zoo_models import ROWS
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return ROWS[name].build()
+
+
+def ours(program: Any) -> float:
+    """Seconds of one analysis by us."""
     from graphprune.analysis import analyze
 
     start = time.perf_counter()
@@ -44,53 +58,51 @@ def _solve(program: Any) -> float:
     return time.perf_counter() - start
 
 
-def theirs(name: str, pipe: Any) -> None:
+def theirs(case: Any) -> float:
+    """Seconds of one analysis by Torch-Pruning."""
     import torch_pruning as tp
 
-    from benchmarks.zoo_models import ROWS
-
-    torch.set_num_threads(1)
-    case = ROWS[name].build()
     start = time.perf_counter()
     graph = tp.DependencyGraph().build_dependency(case.module, example_inputs=case.args[0] if len(case.args) == 1 else case.args)
     for group in graph.get_all_groups():
         len(group)
-    pipe.send(time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
-def _limited(function: Any, name: str, limit: float) -> Any:
-    context = multiprocessing.get_context("fork")
-    mine, other = context.Pipe(duplex=False)
-    process = context.Process(target=function, args=(name, other))
-    process.start()
-    other.close()
-    try:
-        return mine.recv() if mine.poll(limit) else f"> {limit:.0f} s"
-    except EOFError:
-        return "fails"
-    finally:
-        process.kill()
-        process.join()
+def alone(prepared: tuple[Any, Any, float]) -> tuple[float, float, None]:
+    _, program, export = prepared
+    return export, statistics.median(ours(program) for _ in range(RUNS)), None
+
+
+def in_turns(prepared: tuple[Any, Any, float]) -> tuple[float, float, float]:
+    case, program, export = prepared
+    mine, rival = zip(*((ours(program), theirs(case)) for _ in range(RUNS)))
+    return export, statistics.median(mine), statistics.median(rival)
 
 
 def torchvision(pattern: str) -> None:
     from benchmarks.zoo_models import ROWS
 
-    torch.set_num_threads(1)
-    total, rival, most = 0.0, 0.0, 0.0
-    print(f"{'network':34} {'export s':>9} {'analysis s':>11} {'Torch-Pruning s':>16}")
+    total = rival = 0.0
+    slower, slowest = [], (0.0, "")
+    print(f"{'network':40} {'export s':>9} {'analysis s':>11} {'Torch-Pruning s':>16}   load")
     for name in ROWS:
         if not (name.startswith("torchvision/") and fnmatch(name, pattern)):
             continue
-        our, their = _limited(ours, name, 300.0), _limited(theirs, name, LIMIT)
-        if isinstance(our, str):
-            print(f"{name:34} {our}")
+        once = apart(theirs, name, LIMIT, prepare=built)
+        found = apart(alone if isinstance(once, str) else in_turns, name, LIMIT * (1 + RUNS), prepare=captured)
+        if isinstance(found, str):
+            print(f"{name:40} {found}", flush=True)
             continue
-        most = max(most, our[1])
-        if isinstance(their, float):
-            total, rival = total + our[1], rival + their
-        print(f"{name:34} {our[0]:9.2f} {our[1]:11.3f} {their if isinstance(their, str) else f'{their:.3f}':>16}", flush=True)
-    print(f"where both finish: ours {total:.2f} s, Torch-Pruning {rival:.2f} s; our slowest analysis {most:.3f} s")
+        export, mine, other = found
+        slowest = max(slowest, (mine, name))
+        if other is not None:
+            total, rival = total + mine, rival + other
+            slower += [name] * (mine > other)
+        told = once[:60] if other is None else f"{other:16.3f}"
+        print(f"{name:40} {export:9.2f} {mine:11.3f} {told:>16}   {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"where both finish: ours {total:.2f} s, Torch-Pruning {rival:.2f} s; ours is slower on {', '.join(slower) or 'none'}")
+    print(f"our slowest analysis: {slowest[0]:.3f} s, {slowest[1]}; {os.cpu_count()} cores")
 
 
 def scaling() -> None:
@@ -116,7 +128,7 @@ def scaling() -> None:
         program = capture_torch(model, (tokens,))
         exported = time.perf_counter() - start
         print(
-            f"{layers:6} {len(program.nodes):6} {exported:9.2f} {statistics.median(_solve(program) for _ in range(5)):11.3f} {len(program.groups):7}",
+            f"{layers:6} {len(program.nodes):6} {exported:9.2f} {statistics.median(ours(program) for _ in range(RUNS)):11.3f} {len(program.groups):7}",
             flush=True,
         )
 

@@ -3,24 +3,25 @@
     python -m benchmarks.twins [pattern ...]
 
 For every network: number of groups, kinds, sizes and the partition into units agree (on weights that carry the same name on both sides),
-and one plan made on the
-torch side, applied to both, gives the same outputs in float64.
+and one plan made on the torch side, applied to both, gives the same outputs in float64.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.apart import apart
+
+SECONDS = 300
 
 NETWORKS = (
     "torchvision/alexnet torchvision/vgg11_bn torchvision/resnet18 torchvision/resnet50 torchvision/resnext50_32x4d torchvision/densenet121 torchvision/squeezenet1_1 "
@@ -44,7 +45,7 @@ def units(program: Any, names: set[str]) -> tuple[Counter, set[frozenset]]:
     return sizes, partition
 
 
-def compare(name: str, pipe: Any) -> None:
+def compare(name: str) -> tuple[bool, bool, int, int, float, int, int, str]:
     from benchmarks.zoo_models import ROWS
     from graphprune.capture.huggingface import forward_defaults
     from graphprune.capture.onnx_file import capture_onnx
@@ -55,37 +56,31 @@ def compare(name: str, pipe: Any) -> None:
     from graphprune.verify.certificate import distance
 
     torch.set_num_threads(1)
-    try:
-        case = ROWS[name].build()
-        kwargs = {**forward_defaults(case.module), **case.kwargs}
-        ours = capture_torch(case.module, case.args, kwargs)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "twin.onnx"
-            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-                torch.onnx.export(case.module, case.args, str(path), kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
-            twin = capture_onnx(path, [x for x in ours.example_inputs if isinstance(x, torch.Tensor)])
-            common = {n for n, v in ours.weights.items() if n in twin.weights and twin.weights[n].shape == v.shape}
-            (sizes, cells), (sizes2, cells2) = units(ours, common), units(twin, common)
-            plan = make_plan(ours, pruning_ratio=0.3, round_to=1)
-            inputs = [x for x in ours.example_inputs if isinstance(x, torch.Tensor)]
-            a = run(apply_cut(ours, Cut(ours.analysis, plan.removed)), ours.example_inputs, dtype=torch.float64)
-            b = run(apply_cut(twin, Cut(twin.analysis, plan.resolve(twin))), inputs, dtype=torch.float64)
-            pipe.send(
-                (
-                    sizes == sizes2,
-                    cells == cells2,
-                    len(cells),
-                    len(cells ^ cells2),
-                    distance(b[: len(a)], a),
-                    len(common),
-                    len(ours.weights),
-                    str(dict((sizes - sizes2) + (sizes2 - sizes))),
-                )
-            )
-    except Exception as error:
-        pipe.send(
-            f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''} ({traceback.extract_tb(error.__traceback__)[-1].name})"
-        )
+    case = ROWS[name].build()
+    kwargs = {**forward_defaults(case.module), **case.kwargs}
+    ours = capture_torch(case.module, case.args, kwargs)
+    inputs = [x for x in ours.example_inputs if isinstance(x, torch.Tensor)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "twin.onnx"
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            torch.onnx.export(case.module, case.args, str(path), kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
+        twin = capture_onnx(path, inputs)
+        common = {n for n, v in ours.weights.items() if n in twin.weights and twin.weights[n].shape == v.shape}
+        (sizes, cells), (sizes2, cells2) = units(ours, common), units(twin, common)
+        plan = make_plan(ours, pruning_ratio=0.3, round_to=1)
+        a = run(apply_cut(ours, Cut(ours.analysis, plan.removed)), ours.example_inputs, dtype=torch.float64)
+        b = run(apply_cut(twin, Cut(twin.analysis, plan.resolve(twin))), inputs, dtype=torch.float64)
+    which = str(dict((sizes - sizes2) + (sizes2 - sizes)))
+    return (
+        sizes == sizes2,
+        cells == cells2,
+        len(cells),
+        len(cells ^ cells2),
+        distance(b[: len(a)], a),
+        len(common),
+        len(ours.weights),
+        which,
+    )
 
 
 def main() -> None:
@@ -99,17 +94,7 @@ def main() -> None:
     for name in NETWORKS:
         if not any(fnmatch(name, p) for p in patterns):
             continue
-        context = multiprocessing.get_context("fork")
-        mine, other = context.Pipe(duplex=False)
-        process = context.Process(target=compare, args=(name, other))
-        process.start()
-        other.close()
-        try:
-            found = mine.recv() if mine.poll(300) else "no result after 300 s"
-        except EOFError:
-            found = "the process died"
-        process.kill()
-        process.join()
+        found = apart(compare, name, SECONDS)
         total += 1
         if isinstance(found, str):
             print(f"{name:38} {found}", flush=True)
@@ -117,7 +102,8 @@ def main() -> None:
         sizes, cells, count, differ, gap, common, weights, which = found
         good += sizes and cells and gap <= 1e-5
         print(
-            f"{name:38} {'equal' if sizes else 'differ':>7} {count:8} {differ:7} {gap:20.1e}   {common} of {weights} weights by name {'' if sizes else which}",
+            f"{name:38} {'equal' if sizes else 'differ':>7} {count:8} {differ:7} {gap:20.1e}   {common} of {weights} weights by name"
+            f"{'' if sizes else ' ' + which}",
             flush=True,
         )
     print(f"{good} of {total} agree")
