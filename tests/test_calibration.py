@@ -198,4 +198,4 @@ def test_weights_are_read_layer_by_layer_from_elsewhere():
     )
     hidden = model[1](model[0](x)).detach().double()
     torch.testing.assert_close(seen["2.weight"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
-    assert asked == ["0.weight", "0.bias", "2.weight"]
+    assert asked == ["0.weight", "0.bias", "2.weight", "2.bias"]

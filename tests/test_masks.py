@@ -220,7 +220,7 @@ def test_a_certificate_of_masks_fails_when_one_kept_weight_moves():
     program = gp.capture(model, data[0])
     plan = gp.compile(program, sparsity=0.5).plan
     cut = Cut(program.analysis, {})
-    zeroed, masks = apply_masks(program, cut, plan.masks)
+    zeroed, _ = apply_masks(program, cut, plan.masks)
     pruned = apply_cut(program, cut)
     assert certify(program, pruned, cut, zeroed=zeroed).status == "failed"  # nothing masked yet
     from graphprune.repair import replace_weight
