@@ -56,7 +56,8 @@ def make_plan(
             stands for all others and a group that no pattern matches stays whole. In [0, 1); rounding keeps more, never less.
         budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
             the ratio is the most that any group loses.
-        units: kinds that may go. Of groups that multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
+        units: kinds that may go; where a network has none of the default ones, they give way to `ssm_head`, then `hidden`. Of groups that
+            multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
         importance: a name of `IMPORTANCES`, an `Importance`, or a callable `group -> scores`.
         scope: "local", "global", "isomorphic", or a scope object such as `Global(per="macs")`.
         ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`.
@@ -77,6 +78,8 @@ def make_plan(
         notice = "no pruning_ratio or budget is given: %d%% of every group go, by %s; quality is not measured"
         log.warning(notice, 100 * DEFAULT_RATIO, importance)
     kinds = _kinds(units)
+    if tuple(units) == DEFAULT_UNITS:
+        kinds = _or_the_next(kinds, {g.kind for g in analysis.groups})
     if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 1:
         raise InvalidInput(f"min_keep is a number of units, at least 1, found {min_keep!r}")
     criterion, rivals = importance_of(importance), scope_of(scope)
@@ -158,6 +161,15 @@ def _kinds(units: Sequence[str]) -> set[str]:
     if not names:
         raise InvalidInput(f"units is empty; choose among {', '.join(u for u in UNITS if u not in NOT_CUT_YET)}")
     return set(names)
+
+
+def _or_the_next(kinds: set[str], found: set[str]) -> set[str]:
+    """The default kinds; a network that has none of them, such as a stack of state-space layers, is cut at the next kind that it has."""
+    for kind in ("ssm_head", "hidden"):
+        if kind in found and not kinds & found:
+            log.warning("the network has no group of the default units; those of kind %s are cut, or name others in units", kind)
+            return {kind}
+    return kinds
 
 
 def _ratios(selection: Selection, groups: Sequence[Group], given: float | Mapping[str, float] | None) -> dict[str, float | None]:

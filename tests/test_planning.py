@@ -396,6 +396,22 @@ def test_nothing_to_prune_says_why():
         make_plan(program_of("mlp"), targets=["5"])
 
 
+def test_default_units_give_way_where_there_are_none(caplog):
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            first, norm, mix, last = self
+            x = first(x)
+            return last(norm(x + mix(norm(x))))
+
+    program = capture(Residual(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)))
+    assert {g.kind for g in program.analysis.groups} == {"hidden", "layer"}
+    plan = make_plan(program, pruning_ratio=0.5)
+    assert {program.analysis.by_name[name].kind for name in plan.removed} == {"hidden"}
+    assert "no group of the default units; those of kind hidden are cut" in caplog.text
+    with pytest.raises(NothingToPrune, match="none is of the kinds in units"):
+        make_plan(program, units=("neuron", "channel"))
+
+
 def test_explicit_units_and_settings(mlp):
     name = mlp.analysis.groups[0].name
     assert make_plan(mlp, remove={name: [3, 1]}, repair=("bn",)).removed == {name: (1, 3)}
