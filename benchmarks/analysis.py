@@ -4,8 +4,8 @@
     python -m benchmarks.analysis scaling                   10 to 160 layers of a 70B-shaped GQA Llama on the meta device
 
 Analysis is what lies between the exported graph and the list of groups with all index matrices. Torch-Pruning's time is `build_dependency`
-(its trace included) plus `get_all_groups`; our export is shown in a column of its own. The load of the machine is printed: seconds on a
-busy one are upper bounds, their proportions still hold, as both tools run in turns.
+(its trace included) plus `get_all_groups`; our export is shown in a column of its own. Analyses are timed in processor seconds of one
+thread, as the machine may have other work; its load is printed. Export is in seconds of the clock.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ def ours(program: Any) -> float:
     """Seconds of one analysis by us."""
     from graphprune.analysis import analyze
 
-    start = time.perf_counter()
+    start = time.process_time()
     for group in analyze(program).groups:
         for member in group.members:
             member.index  # noqa: B018
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def theirs(case: Any) -> float:
     """Seconds of one analysis by Torch-Pruning."""
     import torch_pruning as tp
 
-    start = time.perf_counter()
+    start = time.process_time()
     graph = tp.DependencyGraph().build_dependency(case.module, example_inputs=case.args[0] if len(case.args) == 1 else case.args)
     for group in graph.get_all_groups():
         len(group)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def alone(prepared: tuple[Any, Any, float]) -> tuple[float, float, None]:
