@@ -1,7 +1,7 @@
 """One piece of work in a process of its own, which may crash, hang or grow without hurting the table it is for.
 
 Limits are seconds of processor time, so that what else runs on the machine does not decide who finishes; a process that gets no processor
-is given up after ten times as long.
+is given up after ten times as long and a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def apart(
     process.start()
     other.close()
     try:
-        for limit, what in ((patience, "preparation"), (10 * seconds, "result")):
+        for limit, what in ((patience, "preparation"), (60 + 10 * seconds, "result")):
             if not mine.poll(limit):
                 return f"no {what} after {limit:.0f} s of waiting"
             found = mine.recv()
