@@ -11,6 +11,7 @@ thread, as the machine may have other work; its load is printed. Export is in se
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import sys
 import time
@@ -39,45 +40,48 @@ def captured(name: str) -> tuple[Any, Any, float]:
     return case, program, time.perf_counter() - start
 
 
-def built(name: str) -> Any:
-    from benchmarks.zoo_models import ROWS
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    return ROWS[name].build()
-
-
 def ours(program: Any) -> float:
     """Seconds of one analysis by us."""
     from graphprune.analysis import analyze
 
-    start = time.process_time()
+    start = time.thread_time()
     for group in analyze(program).groups:
         for member in group.members:
             member.index  # noqa: B018
-    return time.process_time() - start
+    return time.thread_time() - start
 
 
 def theirs(case: Any) -> float:
     """Seconds of one analysis by Torch-Pruning."""
     import torch_pruning as tp
 
-    start = time.process_time()
+    start = time.thread_time()
     graph = tp.DependencyGraph().build_dependency(case.module, example_inputs=case.args[0] if len(case.args) == 1 else case.args)
     for group in graph.get_all_groups():
         len(group)
-    return time.process_time() - start
+    return time.thread_time() - start
 
 
-def alone(prepared: tuple[Any, Any, float]) -> tuple[float, float, None]:
-    _, program, export = prepared
-    return export, statistics.median(ours(program) for _ in range(RUNS)), None
-
-
-def in_turns(prepared: tuple[Any, Any, float]) -> tuple[float, float, float]:
+def in_turns(prepared: tuple[Any, Any, float]) -> tuple[float, float, float | None, str]:
+    """Seconds of the export, of our analysis, of Torch-Pruning's, or why that has none."""
     case, program, export = prepared
-    mine, rival = zip(*((ours(program), theirs(case)) for _ in range(RUNS)))
-    return export, statistics.median(mine), statistics.median(rival)
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {LIMIT:.0f} s")
+
+    signal.signal(signal.SIGPROF, stop)
+    mine, rival, why = [], [], ""
+    for _ in range(RUNS):
+        mine.append(ours(program))
+        if why:
+            continue
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        try:
+            rival.append(theirs(case))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return export, statistics.median(mine), None if why else statistics.median(rival), why
 
 
 def torchvision(pattern: str) -> None:
@@ -89,17 +93,16 @@ def torchvision(pattern: str) -> None:
     for name in ROWS:
         if not (name.startswith("torchvision/") and fnmatch(name, pattern)):
             continue
-        once = apart(theirs, name, LIMIT, prepare=built)
-        found = apart(alone if isinstance(once, str) else in_turns, name, LIMIT * (1 + RUNS), prepare=captured)
+        found = apart(in_turns, name, LIMIT * (1 + RUNS), prepare=captured)
         if isinstance(found, str):
             print(f"{name:40} {found}", flush=True)
             continue
-        export, mine, other = found
+        export, mine, other, why = found
         slowest = max(slowest, (mine, name))
         if other is not None:
             total, rival = total + mine, rival + other
             slower += [name] * (mine > other)
-        told = once[:60] if other is None else f"{other:16.3f}"
+        told = why[:60] if other is None else f"{other:16.3f}"
         print(f"{name:40} {export:9.2f} {mine:11.3f} {told:>16}   {os.getloadavg()[0]:.1f}", flush=True)
     print(f"where both finish: ours {total:.2f} s, Torch-Pruning {rival:.2f} s; ours is slower on {', '.join(slower) or 'none'}")
     print(f"our slowest analysis: {slowest[0]:.3f} s, {slowest[1]}; {os.cpu_count()} cores")
