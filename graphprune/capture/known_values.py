@@ -77,7 +77,8 @@ class KnownValues(TorchFunctionMode):
             with _untraced():
                 rows = rows.tolist() if name == "tolist" else func(rows, *args[1:], **kwargs)
             return pytree.tree_map_only(Tensor, self._as_constant, rows)
-        if name.startswith(_COUNTED) and given and all(tensor in self.known for tensor in given):
+        counted = name.startswith(_COUNTED) or (name == "__getitem__" and any(tensor.dtype == torch.bool for tensor in given[1:]))
+        if counted and given and all(tensor in self.known for tensor in given):
             return self._constant(func, args, kwargs)
         out = func(*args, **kwargs)
         self._note_places(func, given, out, args, kwargs)

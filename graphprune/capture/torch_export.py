@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import sympy
 import torch
@@ -226,6 +227,24 @@ class AtenCall:
         return self.target(*positional, **{k: v for k, v in args.items() if k in self.keywords})
 
 
+class SeededCall(AtenCall):
+    """A call that draws random numbers: the same ones each time, so that two runs differ only by what else differs."""
+
+    __slots__ = ("seed",)
+
+    def __init__(self, target: torch._ops.OpOverload, seed: int) -> None:
+        super().__init__(target)
+        self.seed = seed
+
+    def __call__(self, /, **args: Any) -> Any:
+        if args.get("train") is False or args.get("dropout_p") == 0.0:
+            return super().__call__(**args)
+        devices = {x.device for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(self.seed)
+            return super().__call__(**args)
+
+
 class PlainCall:
     """Calls a Python function (arithmetic on sizes, higher-order ops) with positional arguments in order."""
 
@@ -272,7 +291,7 @@ def _value(name: str, kind: Kind, meta: Any, tensor: torch.Tensor | None = None)
     if not isinstance(meta, torch.Tensor):
         hint = meta
         if isinstance(meta, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            hint = _hint(meta) if isinstance(meta, torch.SymInt) else meta.node.hint
+            hint = meta.node.hint  # None where data decides
         return Value(name, kind, None, None, tensor=torch.tensor(hint) if isinstance(hint, (int, float, bool)) else None)
     shape: list[int] = []
     dynamic: set[int] = set()
@@ -339,8 +358,8 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
                 args[argument.name] = keywords[argument.name]
             else:
                 args[argument.name] = argument.default_value
-        call: Any = AtenCall(target)
         random = torch.Tag.nondeterministic_seeded in target.tags
+        call: Any = SeededCall(target, crc32(fx_node.name.encode())) if random else AtenCall(target)
     else:
         domain, op_type = "python", getattr(target, "__name__", str(target))
         args = {f"arg{i}": a for i, a in enumerate((*positional, *keywords.values()))}

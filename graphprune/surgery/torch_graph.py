@@ -173,6 +173,8 @@ class Scaled:
 def _resized(entry: Any, new: int, cut: Cut) -> Any:
     if not isinstance(entry, Value):
         return new
+    if entry.tensor is None:
+        return entry  # data decides it, so the axis is frozen
     now = _after(entry, cut)
     return entry if now == new else Scaled(entry, new, now)
 
