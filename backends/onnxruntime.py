@@ -36,6 +36,29 @@ NUMPY_TYPES = {
 }  # fmt: skip
 
 
+def check_device(device: str) -> Any:
+    """The `onnxruntime` module, after making sure that it can run on a device.
+
+    Raises:
+        MissingExtra: ONNX Runtime, or its CUDA provider, is not installed.
+        InvalidInput: the device is unknown.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra(f'ONNX files are run by ONNX Runtime: pip install "graphprune[onnxruntime]" ({error})') from None
+    kind, _, index = device.partition(":")
+    if kind not in PROVIDERS or (index and not index.isdigit()):
+        raise InvalidInput(f"ONNX Runtime runs on {', '.join(PROVIDERS)} (or cuda:N) here, found device {device!r}")
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[kind] not in available:
+        raise MissingExtra(
+            f'device={device!r} needs ONNX Runtime built for CUDA: pip uninstall onnxruntime, then pip install "graphprune[gpu]"; '
+            f"the installed build has {', '.join(available)}"
+        )
+    return onnxruntime
+
+
 def open_session(
     model: Any, device: str = "cpu", threads: int | None = 1, cuda_graph: bool = False, optimize: bool = True, float16: bool = False
 ) -> Any:
@@ -53,19 +76,8 @@ def open_session(
         MissingExtra: ONNX Runtime, or its CUDA provider, is not installed or does not start.
         InvalidInput: the device is unknown, or ONNX Runtime refuses the model.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra(f'ONNX files are run by ONNX Runtime: pip install "graphprune[onnxruntime]" ({error})') from None
+    onnxruntime = check_device(device)
     kind, _, index = device.partition(":")
-    if kind not in PROVIDERS or (index and not index.isdigit()):
-        raise InvalidInput(f"ONNX Runtime runs on {', '.join(PROVIDERS)} (or cuda:N) here, found device {device!r}")
-    available = onnxruntime.get_available_providers()
-    if PROVIDERS[kind] not in available:
-        raise MissingExtra(
-            f'device={device!r} needs ONNX Runtime built for CUDA: pip uninstall onnxruntime, then pip install "graphprune[gpu]"; '
-            f"the installed build has {', '.join(available)}"
-        )
     if cuda_graph and kind != "cuda":
         raise InvalidInput(f"cuda_graph=True needs device='cuda', found {device!r}")
     options = onnxruntime.SessionOptions()
@@ -80,7 +92,8 @@ def open_session(
         try:
             session = onnxruntime.InferenceSession(source, options, providers=[(PROVIDERS[kind], settings)])
         except Exception as error:  # its exceptions share no base of their own
-            raise InvalidInput(f"ONNX Runtime refuses the model: {_first_line(error)}") from None
+            name = Path(model).name if isinstance(model, (str, os.PathLike)) else "the model"
+            raise InvalidInput(f"ONNX Runtime refuses {name}: {_first_line(error)}") from None
     session.disable_fallback()
     if session.get_providers()[0] != PROVIDERS[kind]:
         raise MissingExtra(f'{PROVIDERS[kind]} is installed but does not start (CUDA or cuDNN libraries?): see "graphprune[gpu]"')

@@ -85,6 +85,18 @@ class Analysis:
         return out
 
 
+MAKES_NUMBERS = {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "item", "_local_scalar_dense"}
+
+
+def _without_axes(node: Node, shapeless: set[Value]) -> bool:
+    """Does a node make constants, or numbers out of numbers and of the sizes of tensors?"""
+    if all(v.kind is Kind.CONSTANT for v in node.outputs):
+        return True
+    if any(v.shape is not None and v.kind is not Kind.CONSTANT for v in node.outputs):
+        return False
+    return node.op_type in MAKES_NUMBERS or not any(v.shape is not None or v in shapeless for v in node.inputs)
+
+
 def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = False) -> Analysis:
     """Solve the axis equations of a program and list its groups.
 
@@ -95,6 +107,7 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
     engine = Engine(on_unknown)
     analysis = Analysis(program, engine)
     engine.from_input.update(program.inputs)
+    shapeless: set[Value] = set()  # tensors of unknown rank: what an unknown op makes, and what is made of that
     boundary = Node("model inputs", "", "", {}, (), call=lambda: None)
     engine.node = boundary
     for value in program.inputs:
@@ -107,28 +120,30 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
         if any(v in engine.from_input for v in node.inputs) or node.blocks:
             engine.from_input.update(node.outputs)
         sequence = node.op_type in MAKES_SEQUENCE
-        if not node.blocks and not sequence and all(v.shape is None or v.kind is Kind.CONSTANT for v in node.outputs):
+        if not node.blocks and not sequence and _without_axes(node, shapeless):
             continue  # arithmetic on symbolic sizes, and what depends on nothing else
         if all(_is_empty(v) for v in node.outputs):
             continue  # nothing in it that could move
-        unknown = any(v.shape is None for v in node.outputs) and not sequence
-        if unknown or (any(map(_is_empty, node.inputs)) and node.op_type not in TAKES_EMPTY):
-            engine.unsupported(Reason.FIXED)
-            engine.seal_indexes()
-            continue
-        if not node.blocks and not any(v.shape is not None or v in engine.parts for v in node.inputs):
-            engine.unsupported(Reason.DYNAMIC)  # made of sizes that are known only when the model runs
-            continue
         rule = RULES.get(node.op)
-        if node.blocks:
-            _freeze_border(engine, node)
-        elif rule is None:
+        if rule is None and not node.blocks:
             engine.unknown.setdefault(node.op, []).append(node)
             if on_unknown == "raise":
                 raise UnsupportedOp(
                     f"no dim rule for {node.domain or 'ai.onnx'}::{node.op_type} (node {node.name!r}). "
                     "Register one in graphprune.rules.RULES or freeze its axes with on_unknown='freeze'."
                 )
+        vague = any(v.shape is None for v in node.outputs) and not sequence
+        if vague or not shapeless.isdisjoint(node.inputs) or (any(map(_is_empty, node.inputs)) and node.op_type not in TAKES_EMPTY):
+            shapeless.update(v for v in node.outputs if v.shape is None)
+            engine.unsupported(Reason.FIXED if rule is not None or node.blocks else Reason.NO_RULE)
+            engine.seal_indexes()
+            continue
+        if not node.blocks and not any(v.shape is not None or v in engine.parts for v in node.inputs):
+            engine.unsupported(Reason.DYNAMIC)  # made of sizes that are known only when the model runs
+            continue
+        if node.blocks:
+            _freeze_border(engine, node)
+        elif rule is None:
             engine.unsupported(Reason.NO_RULE, f"op {node.domain or 'ai.onnx'}::{node.op_type}; register a rule in graphprune.rules.RULES")
         elif isinstance(rule, str):
             engine.spec(rule)

@@ -65,6 +65,8 @@ def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any]
 
     module = _unwrapped(model)
     args, named = _arguments(module, example_inputs, kwargs)
+    if isinstance(dynamic_shapes, Mapping):  # arguments that were made up here have sizes of their own
+        dynamic_shapes = {**dynamic_shapes, **{name: None for name in named if name not in dynamic_shapes}}
     return capture_torch(module, args, named, dynamic_shapes)
 
 
@@ -141,6 +143,7 @@ class Result:
     backend: str = "torch"
     _module: nn.Module | None = field(default=None, repr=False)
     written: Any = field(default=None, repr=False)  # how the module came about: a `WriteBack`, None for ONNX
+    device: str | None = None  # where the backend is to run; None leaves that to it
 
     @cached_property
     def module(self) -> nn.Module:
@@ -160,7 +163,7 @@ class Result:
             return self.module
         from graphprune.backends.base import lower
 
-        return lower(self, self.backend)
+        return lower(self, self.backend, **({"device": self.device} if self.device else {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `x.onnx`, or a folder that `graphprune.load` (and, for uniform cuts, `from_pretrained`) reads back. Atomic."""
@@ -188,7 +191,38 @@ def apply(
         InvalidInput: the plan is of another network.
         VerificationFailed: the pruned network is not the masked network; nothing is returned or changed.
     """
-    return _apply(model, plan, example_inputs, kwargs, dynamic_shapes, calibration_data, backend, inplace, verify)
+    model = placed(model, device, backend)
+    return _apply(model, plan, example_inputs, kwargs, dynamic_shapes, calibration_data, backend, inplace, verify, device=device)
+
+
+def placed(model: Source, device: Any, backend: str = "torch") -> Source:
+    """The model on the device that is asked for, and the backend ready for it.
+
+    Raises:
+        InvalidInput: there is no such backend or device, or the model is a file or a program, which is worked on where it is.
+        MissingExtra: what the backend needs is not installed.
+    """
+    from graphprune.backends.base import check_backend
+
+    check_backend(backend)
+    if device is None:
+        return model
+    if backend == "onnxruntime":
+        from graphprune.backends.onnxruntime import check_device
+
+        check_device(str(device))
+    if isinstance(model, (str, os.PathLike)) and Path(model).is_dir():
+        from graphprune.results import load_result
+
+        model = load_result(Path(model))
+    if isinstance(model, nn.Module):
+        try:
+            return model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise InvalidInput(f"device={str(device)!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+    if backend != "onnxruntime" and str(device) != "cpu":
+        raise InvalidInput(f"device={str(device)!r}: an ONNX file or a captured program is worked on where it is; leave device out")
+    return model
 
 
 def _apply(
@@ -202,6 +236,7 @@ def _apply(
     inplace: bool = False,
     verify: bool | str = True,
     solved: Mapping[str, Tensor] | None = None,
+    device: Any = None,
 ) -> Result:
     """`apply`; with `solved` given, the weights that the repair of the masks would come to again."""
     clock = _Clock()
@@ -247,33 +282,41 @@ def _apply(
             written = write_back(program, cut, pruned, inplace=inplace)
         module = written.module
         notes += list(written.notes)
-    with clock("measure"):
-        latency = _latency(program, pruned, module)
     report = _report(program, pruned, cut, plan, certificate, notes, times, clock.seconds)
+    result = Result(program, pruned, plan, report, certificate, backend, module, written, str(device) if device is not None else None)
+    with clock("measure"):
+        latency = _latency(result)
     if latency is not None:
         report = replace(report, before=replace(report.before, latency=latency[0]), after=replace(report.after, latency=latency[1]))
-    return Result(program, pruned, plan, report, certificate, backend, module, written)
+    result.report = replace(report, seconds=dict(clock.seconds))
+    return result
 
 
 MEASURE_SECONDS = 0.5
 
 
-def _latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[Latency, Latency] | None:
-    """One call before and after, in turns: modules by PyTorch, ONNX files by ONNX Runtime where it is installed; None where neither runs.
+def _latency(result: Result) -> tuple[Latency, Latency] | None:
+    """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else by PyTorch.
+
+    None where that does not run it.
     """
     from graphprune.capture.torch_export import evaluating
 
-    if module is None:
+    program, module, source = result.program, result._module, result.program.source
+    if module is None or result.backend == "onnxruntime":
+        place = result.device if result.backend == "onnxruntime" and result.device else "cpu"
         try:
             from graphprune.backends.onnxruntime import OnnxRuntimeModel
+            from graphprune.results import exported
 
-            runs = [OnnxRuntimeModel(p) for p in (program, pruned)]
+            pair = (program, result.pruned) if module is None else (exported(source.module, source), exported(module, source))
+            runs = [OnnxRuntimeModel(it, device=place) for it in pair]
         except GraphPruneError as why:
             log.info("latency was not measured: %s", why)
             return None
-        inputs = program.example_inputs
-        return _timed([lambda run=run: run(*inputs) for run in runs], "cpu", "cpu, 1 thread", "onnxruntime")  # type: ignore[misc]
-    source = program.source
+        inputs = [x for x in program.example_inputs if isinstance(x, Tensor)]
+        where = "cpu, 1 thread" if place == "cpu" else place
+        return _timed([lambda run=run: run(*inputs) for run in runs], torch.device(place).type, where, "onnxruntime")  # type: ignore[misc]
     device = next((v.tensor.device for v in program.weights.values()), torch.device("cpu"))
     if device.type == "meta":
         return None
@@ -424,11 +467,7 @@ def compile(
     check_repairs(repair, calibration_data)
     if on_unknown not in ("freeze", "raise"):
         raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
-    from graphprune.backends.base import check_backend
-
-    check_backend(backend)
-    if isinstance(model, nn.Module) and device is not None:
-        model = model.to(device)
+    model = placed(model, device, backend)
     clock = _Clock()
     with clock("capture"):
         program = capture(model, example_inputs, kwargs, dynamic_shapes)
@@ -467,7 +506,7 @@ def compile(
                 seed=seed,
             )
     result = _apply(
-        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved
+        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device
     )  # fmt: skip
     result.report = replace(
         result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}

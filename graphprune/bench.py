@@ -13,7 +13,8 @@ import torch
 from rich.console import ConsoleRenderable
 from rich.text import Text
 
-from graphprune.errors import InvalidInput, MissingExtra
+from graphprune.backends.onnxruntime import open_session
+from graphprune.errors import InvalidInput
 from graphprune.files import PathLike
 from graphprune.measure import interleaved, threads
 from graphprune.report import Latency, tables
@@ -69,7 +70,7 @@ def onnx_call(path: PathLike, feeds: Mapping[str, np.ndarray], threads: int = 1)
         InvalidInput: if ONNX Runtime refuses the file or the inputs.
         MissingExtra: if ONNX Runtime is not installed.
     """
-    session = onnx_session(path, threads)
+    session = open_session(path, threads=threads)
     wanted = {it.name for it in session.get_inputs()}
     if set(feeds) != wanted:
         raise InvalidInput(f"{path} takes inputs {', '.join(sorted(wanted))}; found {', '.join(sorted(feeds)) or 'none'}")
@@ -81,20 +82,6 @@ def onnx_call(path: PathLike, feeds: Mapping[str, np.ndarray], threads: int = 1)
             raise InvalidInput(f"ONNX Runtime cannot run {Path(path).name} on these inputs: {str(error).strip().splitlines()[0]}") from None
 
     return call
-
-
-def onnx_session(path: PathLike, threads: int = 1) -> Any:
-    """An ONNX Runtime session on the CPU that keeps to `threads` threads."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra(f'ONNX files are run by ONNX Runtime: pip install "graphprune[onnxruntime]" ({error})') from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base of their own
-        raise InvalidInput(f"ONNX Runtime refuses {Path(path).name}: {str(error).strip().splitlines()[0]}") from None
 
 
 def module_call(module: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Callable[[], Any]:

@@ -72,12 +72,13 @@ def prune(
     from graphprune.samples import read_samples
 
     with progress(talk, f"reading {source.name}"):
-        model = _model(source, device)
+        model = _model(source, device if source.is_dir() else None)
         if calibration:
             model = gp.capture(model)
             arguments["calibration_data"] = read_samples(calibration, model.inputs)
         arguments |= {"backend": backend} if backend else {}
-        result = gp.compile(model, **arguments, verify=not no_verify, device=device, on_unknown=on_unknown, progress=not talk.quiet)
+        place = None if source.is_dir() else device
+        result = gp.compile(model, **arguments, verify=not no_verify, device=place, on_unknown=on_unknown, progress=not talk.quiet)
         result.save(out)
         _also(result, plan_out, report)
     show(talk, result.report.to_json, lambda: result.report)
@@ -257,12 +258,13 @@ def _kind(path: Path) -> None:
 def _model(path: Path, device: str | None = None) -> Any:
     """What `graphprune.capture` takes for IN: the path of an ONNX file, or the model in a folder."""
     _kind(path)
+    from graphprune.api import placed
+
     if path.is_file():
-        return path
+        return placed(path, device)
     from graphprune.results import load_result
 
-    model = load_result(path)
-    return model.to(device) if device else model
+    return placed(load_result(path), device)
 
 
 def _outputs(source: Path, out: Path | None, *others: Path | None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from graphprune import api, bench
+from graphprune.backends.onnxruntime import open_session
 from graphprune.errors import MissingExtra
 from graphprune.report import Report
 
@@ -108,7 +109,7 @@ def _drawn(count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
 
 def _error_rate(path: Path, lines: Sequence[tuple[str, np.ndarray]]) -> float:
     """Edits per character between what was drawn and what a model reads, spaces aside."""
-    session = bench.onnx_session(path)
+    session = open_session(path)
     alphabet = _alphabet(session)
     edits = characters = 0
     for text, image in lines:

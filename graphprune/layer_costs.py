@@ -16,6 +16,7 @@ import torch
 
 from graphprune import costs
 from graphprune.costs import MACS
+from graphprune.errors import UnsupportedOp
 from graphprune.execute.interpreter import Compute, run
 from graphprune.program import Kind, Node, Program, Value
 from graphprune.report import LayerCost
@@ -103,7 +104,7 @@ def op_times(before: Program, after: Program, seconds: float = 0.5) -> tuple[Tim
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             while not rounds or (len(rounds) <= ROUNDS and time.perf_counter() < end):
                 rounds.append((_timed(before, device), _timed(after, device)))
-    except RuntimeError as error:  # an op that this device lacks in the weights' own dtype
+    except (RuntimeError, UnsupportedOp) as error:  # an op that this device lacks in the weights' own dtype, or one without a lowering
         return {}, f"not measured: {str(error).strip().splitlines()[0]}"
     rounds = rounds[1:] or rounds
 

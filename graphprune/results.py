@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graphprune.capture.torch_export import capture_torch
+from graphprune.capture.torch_export import capture_torch, evaluating
 from graphprune.checkpoints import load_checkpoint, model_class, weight_files
 from graphprune.errors import CaptureError, InvalidInput
 from graphprune.files import PathLike, atomic_dir, atomic_path
@@ -50,7 +50,7 @@ def save_result(result: Any, path: PathLike) -> None:
     if path.suffix == ".onnx":
         origin = getattr(source, "path", None)
         with atomic_path(path, [origin] if origin else []) as file:
-            model = result.pruned.source.model if hasattr(source, "model") else _exported(result, file)
+            model = result.pruned.source.model if hasattr(source, "model") else exported(result.module, source)
             _save_onnx(model, file, _metadata(result))
     elif hasattr(source, "model"):
         raise InvalidInput(f"cannot write {path}: the network came as ONNX and is saved as ONNX; name a file that ends in .onnx")
@@ -78,9 +78,12 @@ def _save_onnx(model: ir.Model, file: Path, metadata: Mapping[str, str]) -> None
         model.metadata_props.update(before)
 
 
-def _exported(result: Any, file: Path) -> ir.Model:
-    """The pruned module as ONNX, written by `torch.onnx.export`."""
-    source = result.program.source
+def exported(module: nn.Module, source: Any) -> ir.Model:
+    """A module as ONNX, written by `torch.onnx.export` with the inputs of a captured one.
+
+    Raises:
+        CaptureError: it does not take the module.
+    """
     wanted: list[Any] = [source.dynamic_shapes]
     if source.dynamic_shapes is None:  # as many axes open as the network takes
         wanted = []
@@ -89,16 +92,16 @@ def _exported(result: Any, file: Path) -> ir.Model:
                 wanted.append(open_shapes(source.module, source.args, source.kwargs, freedom))
     for shapes in wanted:
         try:
-            with _exportable_experts(result.module):
+            with evaluating(module), _exportable_experts(module):
                 program = torch.onnx.export(
-                    result.module.eval(), source.args, kwargs=dict(source.kwargs), dynamic_shapes=shapes, dynamo=True, verbose=False
+                    module, source.args, kwargs=dict(source.kwargs), dynamic_shapes=shapes, dynamo=True, verbose=False
                 )
             assert program is not None
-            return _with_parameter_names(program.model, result.module)
+            return _with_parameter_names(program.model, module)
         except Exception as error:  # it raises its own kinds
             failure = error
-    reason, name = str(failure).strip().splitlines()[0], type(result.module).__name__
-    raise CaptureError(f"torch.onnx.export does not take the pruned {name}: {reason}; save to a folder instead") from failure
+    reason, name = str(failure).strip().splitlines()[0], type(module).__name__
+    raise CaptureError(f"torch.onnx.export does not take {name}: {reason}; save to a folder instead") from failure
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 from typer.testing import CliRunner
 
 from graphprune import errors, options, terminal
@@ -32,6 +34,35 @@ def call(*arguments, **environment):
 @pytest.fixture
 def model(tmp_path):
     return onnx_file(tmp_path / "in.onnx", width=8)
+
+
+def with_unknown_op(path):
+    """x @ a, relu, @ b, an op that nothing knows, relu, @ c: of the op not even the shape of what it makes is known."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 8), "b": (8, 6), "c": (6, 4)}
+    weights = [onnx.numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["p"], "first"),
+        helper.make_node("Relu", ["p"], ["q"], "relu"),
+        helper.make_node("MatMul", ["q", "b"], ["s"], "second"),
+        helper.make_node("Mystery", ["s"], ["m"], "odd", domain="com.acme"),
+        helper.make_node("Relu", ["m"], ["k"], "after"),
+        helper.make_node("MatMul", ["k", "c"], ["y"], "last"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, 1, [2, size]) for name, size in (("x", 3), ("y", 4)))
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.acme", 1)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], weights), opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def test_an_unknown_op_is_left_alone_and_named(tmp_path):
+    source = with_unknown_op(tmp_path / "in.onnx")
+    shown = call("prune", source, "-o", tmp_path / "out.onnx", "--ratio", "0.5", "--round-to", "1")
+    assert shown.exit_code == 0, shown.output
+    assert {it.name: list(it.dims) for it in onnx.load(tmp_path / "out.onnx").graph.initializer} == {"a": [3, 4], "b": [4, 6], "c": [6, 4]}
+    assert "certificate  not tested" in shown.stdout and "com.acme::Mystery" in shown.stdout
+    rows = json.loads(call("explain", source, "b", "--json").stdout)
+    assert [row["prunable"] for row in rows] == [True, False] and "odd" in json.dumps(rows[1])
 
 
 def test_help_names_every_verb():
@@ -81,13 +112,32 @@ def test_help_answers_without_loading_torch():
         (("apply", "README", "IN", "-o", "OUT"), "README.md"),
         (("bench", "IN", "missing.onnx"), "missing.onnx does not exist"),
         (("diff", "IN", "README"), "not a readable ONNX file"),
+        (("prune", "IN", "-o", "OUT", "--ratio", "1.2"), "less than 1, found 1.2"),
+        (("prune", "IN", "-o", "OUT", "--ratio", "0.3", "--ignore", "no.such.layer"), "matches 'no.such.layer'"),
+        (("prune", "IN", "-o", "/proc/out.onnx"), "cannot write /proc/out.onnx"),
+        (("prune", "IN", "-o", "OUT", "--calibration", "KEYS"), "expected x, found image"),
+        (("prune", "IN", "-o", "OUT", "--device", "tpu"), "'tpu'"),
+        (("prune", "TRUNCATED", "-o", "OUT"), "truncated.onnx"),
+        (("prune", "EMPTY", "-o", "OUT"), "holds no graph"),
+        (("prune", "LONELY", "-o", "OUT"), "lonely.bin, which does not exist"),
+        (("prune", "SHORT", "-o", "OUT"), "the file is truncated"),
+        (("prune", "UNKNOWN", "-o", "OUT", "--on-unknown", "raise"), "no dim rule for com.acme::Mystery (node 'odd')"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, arguments, message):
     (tmp_path / "truncated.onnx").write_bytes(model.read_bytes()[:120])
     (tmp_path / "folder").mkdir()
     names = {"IN": model, "OUT": tmp_path / "out.onnx", "FOLDER": tmp_path / "folder", "README": ROOT / "README.md"}
-    names["TRUNCATED"] = tmp_path / "truncated.onnx"
+    for name in ("truncated", "empty", "lonely", "short", "unknown"):
+        names[name.upper()] = tmp_path / f"{name}.onnx"
+    names["EMPTY"].write_bytes(b"")
+    for name in ("lonely", "short"):
+        onnx.save(onnx.load(model), names[name.upper()], save_as_external_data=True, location=f"{name}.bin", size_threshold=0)
+    (tmp_path / "lonely.bin").unlink()
+    (tmp_path / "short.bin").write_bytes((tmp_path / "short.bin").read_bytes()[:10])
+    with_unknown_op(names["UNKNOWN"])
+    names["KEYS"] = tmp_path / "keys.npz"
+    np.savez(names["KEYS"], image=np.ones((4, 3), np.float32))
     before = sorted(tmp_path.rglob("*"))
     shown = call(*(names.get(a, a) for a in arguments))
     assert shown.exit_code == 2, shown.output

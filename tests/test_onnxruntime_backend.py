@@ -15,6 +15,7 @@ from graphprune.backends.base import BACKENDS, check_backend, lower
 from graphprune.backends.onnxruntime import OnnxRuntimeModel, open_session
 from graphprune.backends.torch import TorchModel
 from graphprune.errors import InvalidInput, MissingExtra
+from graphprune.report import Report
 from tests.test_report import onnx_file
 
 needs_cuda = pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="ONNX Runtime without CUDA")
@@ -111,6 +112,55 @@ def test_cuda_is_never_replaced_by_the_cpu(exported):
         open_session(exported[1], device="cuda")
 
 
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this build has CUDA")
+@pytest.mark.parametrize("call", ["compile", "apply"])
+def test_cuda_that_is_missing_is_said_before_any_work(tmp_path, call, monkeypatch):
+    path = onnx_file(tmp_path / "in.onnx", width=8)
+    plan = gp.plan(path, pruning_ratio=0.5)
+    monkeypatch.setattr("graphprune.api.capture", None)  # no work
+    with pytest.raises(MissingExtra, match=r"graphprune\[gpu\]"):
+        if call == "compile":
+            gp.compile(path, pruning_ratio=0.5, backend="onnxruntime", device="cuda")
+        else:
+            gp.apply(path, plan, backend="onnxruntime", device="cuda")
+
+
+@pytest.mark.parametrize("call", ["compile", "apply"])
+def test_latency_is_that_of_the_backend(call):
+    model, x = small(), torch.randn(2, 3, 8, 8)
+    model[1].train()  # modes are the user's
+    plan = gp.plan(model, x, pruning_ratio=0.5, round_to=1)
+    for backend in BACKENDS:
+        options = {"backend": backend, "verify": False}
+        if call == "compile":
+            result = gp.compile(model, x, pruning_ratio=0.5, round_to=1, **options)
+        else:
+            result = gp.apply(model, plan, x, **options)
+        for side in (result.report.before, result.report.after):
+            assert side.latency.backend == backend and 0 < side.latency.low_ms <= side.latency.median_ms <= side.latency.high_ms
+        assert result.report.seconds["measure"] > 0
+    assert model[1].training and not model[0].training
+
+
+def test_latency_is_in_the_report_that_is_saved(tmp_path):
+    path = onnx_file(tmp_path / "in.onnx", width=8)
+    result = gp.apply(path, gp.plan(path, pruning_ratio=0.5))
+    result.report.save(tmp_path / "report.json")
+    read = Report.from_json((tmp_path / "report.json").read_text())
+    assert read.after.latency == result.report.after.latency and read.after.latency.backend == "onnxruntime"
+    model = small()
+    result = gp.apply(model, gp.plan(model, torch.randn(2, 3, 8, 8), pruning_ratio=0.5), torch.randn(2, 3, 8, 8))
+    result.save(tmp_path / "out")
+    assert Report.from_json((tmp_path / "out" / "report.json").read_text()).after.latency.backend == "torch"
+
+
+@pytest.mark.parametrize("source", ["file", "module"])
+def test_devices_that_are_not_there_are_refused(tmp_path, source):
+    model = onnx_file(tmp_path / "in.onnx", width=8) if source == "file" else small()
+    with pytest.raises(InvalidInput, match="'tpu'"):
+        gp.compile(model, torch.randn(2, 3, 8, 8) if source == "module" else None, pruning_ratio=0.5, device="tpu")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -129,7 +179,7 @@ def test_a_model_that_onnx_runtime_refuses_and_a_missing_file(tmp_path):
     model = onnx.load(path)
     model.graph.node[1].op_type = "Nonsense"
     onnx.save(model, path)
-    with pytest.raises(InvalidInput, match="refuses the model"):
+    with pytest.raises(InvalidInput, match=r"refuses bad\.onnx"):
         open_session(path)
     with pytest.raises(InvalidInput, match="no ONNX file at"):
         open_session(tmp_path / "none.onnx")
