@@ -254,10 +254,12 @@ def _member(engine: Engine, value: Value, axis: int, leaf: Factor, roles: Mappin
     dim = engine.dims[value][axis]
 
     def positions() -> np.ndarray:
-        key = axis_key(dim)
-        if key not in cache:
-            cache[key] = ax.index(dim)
-        return cache[key][leaf]
+        if (value, axis) not in cache:  # an axis with many parts is asked once per part
+            key = axis_key(dim)
+            if key not in cache:
+                cache[key] = ax.index(dim)
+            cache[value, axis] = cache[key]
+        return cache[value, axis][leaf]
 
     return Member(value, axis, roles.get((value, leaf), Role.CARRIER), positions)
 
