@@ -14,6 +14,7 @@ from graphprune.program import Value
 
 UNITS = ("channel", "neuron", "head", "kv_group", "head_dim", "expert", "hidden", "layer", "ssm_head", "ssm_state", "vocab", "token")
 DEFAULT_UNITS = ("channel", "neuron", "head", "kv_group", "expert")
+INNER_UNITS = ("channel", "neuron", "head", "kv_group", "ssm_head")  # slices of the matrices inside a layer, no whole networks
 
 
 class Role(Enum):

@@ -132,6 +132,23 @@ class Gram(_Sums):
 
 
 @dataclass
+class Mean(_Sums):
+    """A mean over samples: sum and count."""
+
+    count: Tensor | None = None
+    total: Tensor | None = None
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """total: a sum over `count` samples."""
+        self.merge(Mean(_wide(count), _wide(total)))
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.count is not None and self.total is not None
+        return self.total / self.count.clamp_min(1)
+
+
+@dataclass
 class Gradients(_Sums):
     """Sums of a weight's gradient, of its square, and their number: one update per sample."""
 

@@ -48,6 +48,23 @@ def reread(data: Any) -> Any:
     return data if data is None or hasattr(data, "__len__") or isinstance(data, (torch.Tensor, Mapping, tuple)) else list(data)
 
 
+def noise(program: Program, count: int, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
+    """Batches that stand for calibration data where there are none: normal numbers with mean and deviation of the example inputs, and
+    integers drawn evenly from the range of the example's (masks of zeros and ones stay as they are).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            numbers = torch.randn(x.shape, generator=generator).to(x)
+            return x.mean() + numbers * x.std(correction=0).clamp_min(0.1)
+        if x.dtype == torch.bool or x.dim() == 0 or x.numel() == 0 or int(x.max()) <= 1:
+            return x
+        return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator).to(x)
+
+    return [tuple(drawn(x) for x in program.example_inputs if isinstance(x, torch.Tensor)) for _ in range(count)]
+
+
 def samples(program: Program, data: Any = None) -> Iterator[Batch]:
     """Every sample on its own, as a batch of copies of it: mean losses and their gradients are then those of the sample."""
     for inputs, item in batches(program, data):

@@ -43,6 +43,7 @@ class Statistics:
         self.data = reread(data)
         self._sums: dict[tuple[Any, Value, int], Tensor] = {}
         self._said: set[str] = set()
+        self._found: dict[Any, Any] = {}
         self._stores: dict[str, Store] = {}
 
     def weight(self, value: Value) -> Tensor:
@@ -54,6 +55,12 @@ class Statistics:
         first = what not in self._said
         self._said.add(what)
         return first
+
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, worked out once for a key."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     def along(self, entry: Entry, value: Value, axis: int) -> Tensor:
         """(length of the axis,): `entry(weight)`, an elementwise map, summed over all other axes."""
@@ -143,12 +150,16 @@ class Statistics:
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             yield {value: (leaf.detach(), gradient) for (value, leaf), gradient in zip(leaves.items(), gradients)}
 
+    def task_loss(self, output: Any, inputs: list[Any], item: Any) -> Any:
+        """The user's loss, else the model's own or that of the next token; None where there is none of them."""
+        if self.loss is None:
+            return own_loss(output, inputs)
+        return self.loss(output, item) if _takes_batch(self.loss) else self.loss(output)
+
     def _loss(self, outputs: list[Any], inputs: list[Any], item: Any) -> Tensor:
         output = structured(self.program, outputs)
-        if self.loss is None:
-            loss = default_loss(output, inputs)
-        else:
-            loss = self.loss(output, item) if _takes_batch(self.loss) else self.loss(output)
+        loss = self.task_loss(output, inputs, item)
+        loss = default_loss(output, inputs) if loss is None else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise InvalidInput(f"the loss must be a differentiable scalar tensor computed from the model's output, found {what}")
@@ -187,8 +198,8 @@ def structured(program: Program, outputs: list[Any]) -> Any:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def default_loss(output: Any, inputs: list[Any]) -> Tensor:
-    """The model's own `.loss`; next-token cross-entropy where `.logits` follow integer inputs; else the mean square of all outputs."""
+def own_loss(output: Any, inputs: list[Any]) -> Tensor | None:
+    """The model's own `.loss`; next-token cross-entropy where `.logits` follow integer inputs; None elsewhere."""
     named = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
     loss, logits = named.get("loss"), named.get("logits")
     if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -199,6 +210,14 @@ def default_loss(output: Any, inputs: list[Any]) -> Tensor:
                 continue
             if 1 < int(ids.max()) < logits.shape[-1]:  # not a mask of zeros and ones
                 return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long())
+    return None
+
+
+def default_loss(output: Any, inputs: list[Any]) -> Tensor:
+    """`own_loss`; else the mean square of all outputs."""
+    loss = own_loss(output, inputs)
+    if loss is not None:
+        return loss
     floating = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
     if not floating:
         raise InvalidInput("no output of the model is a differentiable tensor; pass loss=callable, or a score without gradients")

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration.accumulators import Gram, Moments, Similarity
+from graphprune.calibration.accumulators import Gram, Mean, Moments, Similarity
 from graphprune.calibration.batches import batches
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import Compute, run
-from graphprune.linear_maps import LinearMap, linear_map, linear_maps
+from graphprune.linear_maps import LinearMap, columns, linear_map, linear_maps
 from graphprune.program import Node, Program
+from graphprune.units import Role
 
 log = logging.getLogger("graphprune")
 
@@ -64,12 +65,86 @@ def _similarities(program: Program, store: Store) -> Mapping[Node, Observer]:
     return {branch.join: observer(branch) for branch in branches(program)}
 
 
+def _stages(program: Program, store: Store) -> Mapping[Node, Observer]:
+    """Of every block of residual branches: what enters it, and what leaves."""
+    from graphprune.blocks import stages
+
+    watched: dict[Node, Observer] = {}
+    for stage in stages(program):
+        accumulator = store.setdefault(stage.end, Similarity())
+        name = next(key for key, value in stage.start.args.items() if value is stage.entry)
+        held: dict[str, Tensor] = {}
+
+        def enter(args: Mapping[str, Any], results: tuple[Any, ...], held: dict[str, Tensor] = held, name: str = name) -> None:
+            held["entry"] = args[name].clone()  # a later node may write into it
+
+        def leave(
+            args: Mapping[str, Any], results: tuple[Any, ...], held: dict[str, Tensor] = held, accumulator: Similarity = accumulator
+        ) -> None:
+            accumulator.update(features_last(held.pop("entry")), features_last(results[0]))
+
+        def pass_through(
+            args: Mapping[str, Any], results: tuple[Any, ...], enter: Observer = enter, leave: Observer = leave
+        ) -> None:
+            enter(args, results)
+            leave(args, results)
+
+        if stage.start is stage.end:
+            watched[stage.start] = pass_through
+        else:
+            watched[stage.start], watched[stage.end] = enter, leave
+    return watched
+
+
+CHUNK = 1 << 24  # entries of the products that exist at once
+
+
+def _projected(program: Program, store: Store) -> Mapping[Node, Observer]:
+    """Of every unit that a linear map reads by several columns (heads): mean over tokens of ||W[:, unit] x[unit]||_1."""
+    wide: dict[Any, list[Any]] = {}
+    for group in program.analysis.groups:
+        for member in group.members:
+            if member.role is Role.READER and member.index.shape[1] > 1:
+                wide.setdefault(member.value, []).append((group.name, member))
+
+    def observer(linear: LinearMap, members: list[Any]) -> Observer:
+        for name, _ in members:
+            store.setdefault((linear.weight, name), Mean())
+
+        def observe(args: Mapping[str, Any], results: tuple[Any, ...]) -> None:
+            rows, counts = linear.rows(args)
+            weight = next(args[key] for key, value in linear.node.args.items() if value is linear.weight)
+            matrix = linear.matrix(weight.detach())
+            tokens = rows.new_tensor(rows.shape[1]) if counts is None else counts.sum()
+            for name, member in members:
+                index = torch.from_numpy(columns(linear, member.index)).flatten(1).to(rows.device)
+                size = max(1, CHUNK // max(rows.shape[1] * matrix.shape[1], 1))
+                found = [_lengths(rows, matrix, part) for part in index.split(size)]
+                store[linear.weight, name].update(torch.cat(found), tokens)
+
+        return observe
+
+    return {
+        node: observer(linear, at)
+        for node, linear in linear_maps(program).items()
+        if (at := [m for m in wide.get(linear.weight, ()) if m[1].axis == linear.input_axis])
+    }
+
+
+def _lengths(rows: Tensor, matrix: Tensor, index: Tensor) -> Tensor:
+    """(units,): summed over groups and samples, ||matrix[:, unit] row[unit]||_1. index: (units, width)."""
+    parts, weights = rows[..., index], matrix[..., index]  # (groups, samples, units, width), (groups, outputs, units, width)
+    return torch.einsum("gsuw,gouw->gsuo", parts.float(), weights.float()).abs().sum((0, 1, 3))
+
+
 def features_last(x: Tensor) -> Tensor:
     """Images have their channels second."""
     return x.movedim(1, -1) if x.dim() >= 4 else x
 
 
-TAPS: Mapping[str, Tap] = {"moments": _rows(Moments), "gram": _rows(Gram), "similarity": _similarities}
+TAPS: Mapping[str, Tap] = {
+    "moments": _rows(Moments), "gram": _rows(Gram), "similarity": _similarities, "stages": _stages, "projected": _projected,
+}  # fmt: skip
 
 
 def tapped(program: Program, data: Any, needs: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Store]:

@@ -6,7 +6,7 @@ weights, however many groups share them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -37,6 +37,25 @@ def by_mean(scores: Tensor) -> Tensor:
     return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+def _gaussian(scores: Tensor) -> Tensor:
+    """In deviations from the mean; all zero where all are equal."""
+    spread = scores.std(correction=0)
+    return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def _over(total: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda scores: scores / total(scores).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+# How the scores of several members become one, and how those of a group are made comparable with other groups'.
+AGGREGATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda rows: rows.sum(0), "mean": lambda rows: rows.mean(0), "max": lambda rows: rows.amax(0), "prod": lambda rows: rows.prod(0),
+}  # fmt: skip
+NORMALISERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": identity, "sum": _over(torch.sum), "mean": by_mean, "max": _over(torch.max), "gaussian": _gaussian,
+}  # fmt: skip
+
+
 def maps(group: Group) -> Sequence[Member]:
     """Members that produce or contract the axis; a group without any (recurrent cells, branches) is judged by all its parameters."""
     return [m for m in group.members if m.role is not Role.CARRIER] or [m for m in group.members if m.value.kind is Kind.PARAMETER]
@@ -44,24 +63,24 @@ def maps(group: Group) -> Sequence[Member]:
 
 @dataclass(frozen=True)
 class Expression:
-    """`normalise(outer(sum over members(inner(sum over the positions of each unit(along)))))`."""
+    """`normalise(outer(aggregate over members(inner(sum over the positions of each unit(along)))))`."""
 
     along: Callable[[Member, Statistics], Tensor]  # (..., length of the member's axis)
     inner: Callable[[Tensor], Tensor] = identity  # (..., size) -> (size,)
     outer: Callable[[Tensor], Tensor] = identity
     normalise: Callable[[Tensor], Tensor] = identity
     members: Callable[[Group], Sequence[Member]] = maps
+    aggregate: str = "sum"  # over members, of `AGGREGATES`
 
     def score(self, group: Group, statistics: Statistics) -> Tensor:
-        total: Tensor | None = None
+        rows: list[Tensor] = []
         for member in self.members(group):
             positions = self.along(member, statistics)
             index = torch.from_numpy(member.index).to(positions.device)
-            found = self.inner(positions[..., index].sum(-1)).cpu()
-            total = found if total is None else total + found
-        if total is None:
+            rows.append(self.inner(positions[..., index].sum(-1)).cpu())
+        if not rows:
             return torch.zeros(group.size)
-        scores = self.outer(total)
+        scores = self.outer(AGGREGATES[self.aggregate](torch.stack(rows)))
         # one branch is compared with others, never with itself
         return (scores if group.kind == "layer" else self.normalise(scores)).to(torch.float32)
 

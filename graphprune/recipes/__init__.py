@@ -6,12 +6,33 @@ import difflib
 from typing import Any
 
 from graphprune.errors import InvalidInput
-from graphprune.recipes import magnitude, mrp, sparsegpt, tiles, wanda
+from graphprune.recipes import (
+    adapt_pruner,
+    amp,
+    blockpruner,
+    cfsp,
+    flap,
+    group_norms,
+    llm_pruner,
+    magnitude,
+    mrp,
+    obspa,
+    shortgpt,
+    sparsegpt,
+    taylor,
+    tiles,
+    tyr_local,
+    wanda,
+    wanda_sp,
+)
 from graphprune.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for module in (magnitude, wanda, sparsegpt, mrp, tiles)
+    for module in (
+        magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, shortgpt, blockpruner,
+    )
     for recipe in module.RECIPES
 }
 

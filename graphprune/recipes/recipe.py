@@ -26,6 +26,7 @@ class Recipe:
     allocation: Any = "local"  # a scope, by name or as an object
     repair: tuple[str, ...] = ()
     data: bool = True  # takes calibration data
+    noise: int = 0  # batches of random inputs that stand for calibration data where none are given
     deviations: str = ""  # from the paper
 
     @property

@@ -1,0 +1,34 @@
+"""Groups judged by what the loss would do if they went: Taylor expansions of first and second order at the trained weights."""
+
+from graphprune.allocation import Global
+from graphprune.importance import IMPORTANCES
+from graphprune.importance.gradients import obd, taylor_second
+from graphprune.recipes.recipe import Recipe
+from graphprune.units import INNER_UNITS
+
+RECIPES = (
+    Recipe(
+        name="taylor",
+        paper="Molchanov et al. 2019, arXiv 1906.10771",
+        formula="mean over batches of (sum w g)^2",
+        score=IMPORTANCES["taylor"],
+        allocation=Global(),
+        deviations="every weight of the group takes part; the square is per batch; one shot, no fine-tuning between rounds",
+    ),
+    Recipe(
+        name="obd",
+        paper="LeCun et al. 1989, NIPS (optimal brain damage)",
+        formula="sum w^2 E[g^2]",
+        score=obd,
+        allocation=Global(),
+        deviations="units in place of single weights; the diagonal of the Hessian is that of the Fisher matrix, sample by sample",
+    ),
+    Recipe(
+        name="taylor_second",
+        paper="Ma et al. 2023, arXiv 2305.11627 (Element^2)",
+        formula="sum |w g - w^2 E[g^2] / 2|",
+        score=taylor_second,
+        unit=INNER_UNITS,
+        deviations="no window and no LoRA afterwards: see llm_pruner",
+    ),
+)
