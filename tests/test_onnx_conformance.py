@@ -1,18 +1,25 @@
-"""The tests that the onnx package ships for backends, run through capture and the torch lowering: as they are, in float64, with gradients."""
+"""The tests that the onnx package ships for backends, run through capture and the torch lowering: as they are, in float64, with
+gradients, and whole files under `torch.compile`."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.onnx_conformance import KINDS, TRAINING, cases, check, outcome, outside, tensor
 from graphprune.capture.onnx_file import capture_onnx
 from graphprune.execute.interpreter import run
+from graphprune.execute.module import ProgramModule
 from graphprune.execute.onnx_ops import ONNX_OPS
+from graphprune.execute.shape_numbers import with_numbers
+from graphprune.program import Value
+from graphprune.rules.onnx_literals import LITERAL_OPERANDS
 
 # Cases that are not passed: pattern -> why. What is left out beforehand is said by `benchmarks.onnx_conformance.outside`.
 EXPECTED = {
@@ -142,3 +149,136 @@ def test_a_wrong_lowering_is_noticed(monkeypatch):
     assert check(case) == "" and "difference" in _gradient_fault(case)
     monkeypatch.delitem(ONNX_OPS, ("", "Sigmoid"))
     assert outcome(case).state == "unsupported"
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------------
+
+
+def _cnn() -> tuple[onnx.ModelProto, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    x = torch.randn(2, 3, 16, 16)
+    return torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto, [x]
+
+
+class _Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 32), nn.Linear(32, 50)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, ids):
+        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        return self.head(self.block(self.embed(ids), src_mask=mask))
+
+
+def _transformer() -> tuple[onnx.ModelProto, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    sizes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    ids = [torch.randint(0, 50, shape) for shape in ((2, 7), (3, 9), (5, 4))]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = torch.onnx.export(_Decoder().eval(), (ids[0],), dynamo=True, verbose=False, dynamic_shapes=sizes).model_proto
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    return model, ids
+
+
+def _quantized() -> tuple[onnx.ModelProto, list[torch.Tensor]]:
+    """Activations through uint8, a weight in blocks of int4, and integer products with scales found on the way."""
+    int4 = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, [8, 6], [(5 * i) % 16 - 8 for i in range(48)])
+    scales = onnx.numpy_helper.from_array(np.linspace(0.1, 0.4, 24, dtype=np.float32).reshape(4, 6), "ws")
+    int8 = onnx.numpy_helper.from_array(np.arange(-9, 9, dtype=np.int8).reshape(6, 3), "w8")
+    graph = onnx.parser.parse_graph("""
+        g (float[N, 8] x) => (float[N, 3] y)
+        <float xs = {0.05}, uint8 xz = {120}, float s8 = {0.02}>
+        {
+            q = QuantizeLinear(x, xs, xz)
+            d = DequantizeLinear(q, xs, xz)
+            wd = DequantizeLinear <axis = 0, block_size = 2> (w, ws)
+            h = MatMul(d, wd)
+            a, hs, hz = DynamicQuantizeLinear(h)
+            p = MatMulInteger(a, w8, hz)
+            f = Cast <to = 1> (p)
+            t = Mul(hs, s8)
+            y = Mul(f, t)
+        }""")
+    graph.initializer.extend([int4, scales, int8])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    return model, [torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows)) for rows in (4, 7)]
+
+
+FILES = {"cnn": _cnn, "transformer": _transformer, "quantized": _quantized}
+
+
+@pytest.mark.parametrize(
+    "name, backend", [(n, "eager") for n in FILES] + [pytest.param(n, "inductor", marks=pytest.mark.slow) for n in FILES]
+)
+def test_lowerings_compile_without_a_break(name, backend):
+    model, inputs = FILES[name]()
+    program = capture_onnx(model, inputs[:1])
+    module = ProgramModule(program)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for x in inputs:  # the further ones at other sizes
+        (expected,) = run(program, [x])
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    if name != "quantized":
+        compiled(inputs[0]).square().sum().backward()
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+def test_the_quantized_file_is_what_onnxruntime_computes():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, inputs = _quantized()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for x in inputs:
+        (expected,), (have,) = session.run(None, {"x": x.numpy()}), run(capture_onnx(model, [x]), [x])
+        torch.testing.assert_close(have, torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_shape_arithmetic_becomes_numbers_and_nothing_else_changes():
+    model, inputs = _transformer()
+    program = capture_onnx(model, inputs[:1])
+    assert sum(node.op_type == "Shape" for node in program.nodes) > 0
+    rewritten = with_numbers(program)
+    literals = [
+        (node.name, argument)
+        for node in rewritten.nodes
+        for argument in LITERAL_OPERANDS.get(node.op_type, ())
+        if isinstance(value := node.args.get(argument), Value) and not isinstance(_result(rewritten, value, inputs[0]), (int, list))
+    ]
+    assert literals == []
+    for x in inputs:
+        assert torch.equal(run(rewritten, [x])[0], run(program, [x])[0])
+
+
+def _result(program, wanted, x):
+    found = []
+
+    def note(node, args, compute):
+        results = compute(args)
+        found.extend(result for value, result in zip(node.outputs, results) if value is wanted)
+        return results
+
+    run(program, [x], intercept=note)
+    return found[0]
+
+
+def test_graphs_with_control_flow_stay_as_they_are_and_run():
+    case = next(case for case in _inside("node") if case.name == "test_loop11")
+    operands = [tensor(value) for value in case.data_sets[0][0]]
+    program = capture_onnx(case.model, operands)
+    assert with_numbers(program) is program
+    for have, want in zip(ProgramModule(program)(*operands), case.data_sets[0][1]):
+        torch.testing.assert_close(have, tensor(want))
+
+
+def test_a_definition_by_other_operators_runs_in_float64_and_gives_gradients():
+    case = next(case for case in _inside("node") if case.name == "test_flexattention_soft_cap")
+    assert (case.model.graph.node[0].domain, case.model.graph.node[0].op_type) not in ONNX_OPS
+    operands = [tensor(value).double() for value in case.data_sets[0][0]]
+    program = capture_onnx(case.model, [x.float() for x in operands])
+    assert torch.autograd.gradcheck(lambda *x: run(program, x, dtype=torch.float64)[0], [x.requires_grad_() for x in operands])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from graphprune.capture.onnx_types import TORCH_DTYPES
 from graphprune.errors import UnsupportedOp
-from graphprune.execute.interpreter import run
-from graphprune.program import Program, leaves
+from graphprune.execute.interpreter import Compute, run
+from graphprune.execute.shape_numbers import with_numbers
+from graphprune.program import Node, Program, leaves
 
 
 class FunctionBody:
@@ -26,27 +27,31 @@ class FunctionBody:
     def __init__(self, source: ir.Node, opsets: Mapping[str, int], read: Callable[[onnx.ModelProto], Program]) -> None:
         self.source, self.read = source, read
         self.opset = source.version or opsets.get(source.domain) or opsets.get("") or onnx.defs.onnx_opset_version()
+        variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
+        self.formals = [(formal.name, formal.option is variadic) for formal in _schema(source, self.opset).inputs]
         self.programs: dict[tuple[Any, ...], Program] = {}
 
     def __call__(self, **arguments: Any) -> tuple[Any, ...]:
-        schema = _schema(self.source, self.opset)
         operands: list[Any] = []
-        for formal in schema.inputs:
-            given = arguments.get(formal.name)
-            variadic = formal.option is onnx.defs.OpSchema.FormalParameterOption.Variadic
+        for name, variadic in self.formals:
+            given = arguments.get(name)
             operands += given if variadic and given is not None else [given]
         kinds = tuple(_kind(x) for x in operands)
-        if kinds not in self.programs:
-            self.programs[kinds] = self.read(self._model(schema, kinds))
         floats = {x.dtype for x in leaves(operands) if isinstance(x, Tensor) and x.is_floating_point()}
         double = torch.float64 if floats == {torch.float64} else None  # the body's own constants too
-        return tuple(run(self.programs[kinds], [x for x in operands if x is not None], dtype=double))
+        given = [x for x in operands if x is not None]
+        if kinds not in self.programs:
+            program = self.read(self._model(kinds))
+            results = run(program, given, dtype=double, intercept=_note_shapes)
+            self.programs[kinds] = with_numbers(program)
+            return tuple(results)
+        return tuple(run(self.programs[kinds], given, dtype=double))
 
-    def _model(self, schema: onnx.defs.OpSchema, kinds: tuple[Any, ...]) -> onnx.ModelProto:
+    def _model(self, kinds: tuple[Any, ...]) -> onnx.ModelProto:
         """A file that holds this node only, and its definition."""
         node = ir.to_proto(self.source)
         types = [_type(kind) for kind in kinds]
-        function = _definition(schema, node, types[: len(node.input)], self.opset)
+        function = _definition(_schema(self.source, self.opset), node, types[: len(node.input)], self.opset)
         inputs = [onnx.helper.make_value_info(n, t) for n, t in zip(node.input, types) if n and t is not None]
         outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output if name]
         for info in outputs:
@@ -58,6 +63,14 @@ class FunctionBody:
         return onnx.helper.make_model(graph, functions=[function], opset_imports=imports)
 
 
+def _note_shapes(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
+    results = compute(args)
+    for value, result in zip(node.outputs, results):
+        if isinstance(result, Tensor):
+            value.shape, value.dtype = tuple(result.shape), result.dtype
+    return results
+
+
 def has_body(source: ir.Node, opsets: Mapping[str, int]) -> bool:
     """Does the standard define this node by other operators?"""
     try:
@@ -67,11 +80,13 @@ def has_body(source: ir.Node, opsets: Mapping[str, int]) -> bool:
     return schema.has_function or schema.has_context_dependent_function
 
 
-def _schema(source: ir.Node, opset: int | None) -> onnx.defs.OpSchema:
-    return onnx.defs.get_schema(source.op_type, *([opset] if opset else []), domain=source.domain)
+def _schema(source: ir.Node, opset: int | None) -> Any:  # the stubs lack half of it
+    if opset is None:
+        return onnx.defs.get_schema(source.op_type, source.domain)
+    return onnx.defs.get_schema(source.op_type, opset, source.domain)
 
 
-def _definition(schema: onnx.defs.OpSchema, node: onnx.NodeProto, types: list[Any], opset: int) -> onnx.FunctionProto:
+def _definition(schema: Any, node: onnx.NodeProto, types: list[Any], opset: int) -> onnx.FunctionProto:
     """The schema's body for this node, under the node's own name and domain."""
     function = onnx.FunctionProto()
     if schema.has_function:
@@ -107,7 +122,7 @@ def _type(kind: Any) -> onnx.TypeProto | None:
     if kind is None:
         return None
     if len(kind) == 1:
-        return onnx.helper.make_sequence_type_proto(_type(kind[0]))
+        return onnx.helper.make_sequence_type_proto(_type(kind[0]) or onnx.TypeProto())
     number = next((number for number, dtype in TORCH_DTYPES.items() if dtype is kind[0]), None)
     if number is None:
         raise UnsupportedOp(f"an operand is of type {kind[0]}, which ONNX does not have")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphprune.execute.onnx_narrow import FLOAT4, FLOAT8, bits
+from graphprune.execute.onnx_narrow import FLOAT4, FLOAT8, INT2, INT4, UINT2, UINT4, bits
 
 TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32, ir.DataType.DOUBLE: torch.float64, ir.DataType.FLOAT16: torch.float16,
@@ -17,12 +17,12 @@ TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.UINT64: torch.uint64, ir.DataType.BOOL: torch.bool, ir.DataType.COMPLEX64: torch.complex64,
     ir.DataType.COMPLEX128: torch.complex128, ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn, ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
     ir.DataType.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz, ir.DataType.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
-    ir.DataType.FLOAT8E8M0: torch.float8_e8m0fnu, ir.DataType.FLOAT4E2M1: FLOAT4, ir.DataType.INT4: torch.int4,
-    ir.DataType.UINT4: torch.uint4, ir.DataType.INT2: torch.int2, ir.DataType.UINT2: torch.uint2,
+    ir.DataType.FLOAT8E8M0: torch.float8_e8m0fnu, ir.DataType.FLOAT4E2M1: FLOAT4, ir.DataType.INT4: INT4,
+    ir.DataType.UINT4: UINT4, ir.DataType.INT2: INT2, ir.DataType.UINT2: UINT2,
 }  # fmt: skip
 # What numpy proper lacks: the type of as many bytes under which memory passes from numpy to torch.
 _AS_BYTES = {torch.bfloat16: np.int16} | dict.fromkeys((*FLOAT8, FLOAT4), np.uint8)
-_AS_INTEGERS = {torch.int4: np.int8, torch.uint4: np.uint8, torch.int2: np.int8, torch.uint2: np.uint8}  # a byte for each entry
+_AS_INTEGERS = {INT4: np.int8, UINT4: np.uint8, INT2: np.int8, UINT2: np.uint8}  # a byte for each entry
 
 
 def torch_dtype(number: int | None) -> torch.dtype | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidInput
-from graphprune.execute.interpreter import run
+from graphprune.execute.interpreter import Intercept, run
+from graphprune.execute.shape_numbers import with_numbers
 from graphprune.program import Kind, Program
 
 
@@ -19,9 +20,11 @@ class ProgramModule(nn.Module):
     The weights are copies: training them changes neither the program nor the file behind it.
     """
 
+    intercept: Intercept | None = None  # as `run` takes it
+
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.program = program
+        self.program = with_numbers(program)
         self.names: Mapping[str, str] = _attribute_names(program.weights)
         for name, value in program.weights.items():
             tensor = value.tensor.detach().clone()  # type: ignore[union-attr]
@@ -39,7 +42,7 @@ class ProgramModule(nn.Module):
         tensors = {value: getattr(self, self.names[name]) for name, value in self.program.weights.items()}
         if not torch.is_grad_enabled():
             tensors = {value: tensor.detach() for value, tensor in tensors.items()}
-        outputs = run(self.program, ordered, tensors=tensors)
+        outputs = run(self.program, ordered, tensors=tensors, intercept=self.intercept)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

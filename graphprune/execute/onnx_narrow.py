@@ -21,12 +21,14 @@ from graphprune.program import leaves, substitute
 FLOAT4 = torch.bits8  # e2m1, a code in the low 4 bits; torch's own float4 packs two entries and so has other shapes
 _FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+INT4, UINT4, INT2, UINT2 = (getattr(torch, name) for name in ("int4", "uint4", "int2", "uint2"))  # names that torch's stubs lack
+
 LIMITS: dict[torch.dtype, tuple[int, int]] = {  # of the integers a quantized tensor may hold
-    torch.uint2: (0, 3), torch.int2: (-2, 1), torch.uint4: (0, 15), torch.int4: (-8, 7), torch.uint8: (0, 255), torch.int8: (-128, 127),
+    UINT2: (0, 3), INT2: (-2, 1), UINT4: (0, 15), INT4: (-8, 7), torch.uint8: (0, 255), torch.int8: (-128, 127),
     torch.uint16: (0, 65535), torch.int16: (-32768, 32767), torch.int32: (-(2**31), 2**31 - 1),
 }  # fmt: skip
 BYTES: dict[torch.dtype, torch.dtype] = {  # integers below a byte, and the type that holds each entry
-    torch.uint2: torch.uint8, torch.int2: torch.int8, torch.uint4: torch.uint8, torch.int4: torch.int8, FLOAT4: torch.uint8,
+    UINT2: torch.uint8, INT2: torch.int8, UINT4: torch.uint8, INT4: torch.int8, FLOAT4: torch.uint8,
 }  # fmt: skip
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
 

@@ -164,9 +164,11 @@ def _one_hot(indices: Tensor, depth: Any, values: Tensor, axis: int = -1) -> Ten
 
 
 def _range(start: Any, limit: Any, delta: Any) -> Tensor:
-    dtype = start.dtype if isinstance(start, Tensor) else torch.int64
     first, last, step = (_number(operand) for operand in (start, limit, delta))
-    count = max(math.ceil((last - first) / step), 0)
+    whole = all(isinstance(number, int) for number in (first, last, step))
+    default = torch.int64 if whole else torch.float32
+    dtype = next((operand.dtype for operand in (start, limit, delta) if isinstance(operand, Tensor)), default)
+    count = max(-(-(last - first) // step) if whole else math.ceil((last - first) / step), 0)
     steps = torch.arange(count, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
     return (first + steps * step).to(dtype)
 
@@ -293,7 +295,7 @@ def _split_to_sequence(input: Tensor, split: Any = None, axis: int = 0, keepdims
         parts = torch.split(input, 1, axis)
         return list(parts) if keepdims else [part.squeeze(axis) for part in parts]
     sizes = ints(split) or []
-    scalar = not isinstance(split, Tensor) or split.dim() == 0
+    scalar = split.dim() == 0 if isinstance(split, Tensor) else not isinstance(split, list)
     return list(torch.split(input, sizes[0] if scalar else sizes, axis))
 
 
