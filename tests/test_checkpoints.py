@@ -13,6 +13,23 @@ from tests.test_write_back import DECODERS, decoder
 
 transformers = pytest.importorskip("transformers")
 
+_GLOBAL = {"pruning_ratio": 0.4, "scope": "global", "units": ("neuron", "kv_group", "expert", "ssm_head"), "round_to": 1}
+_BY_LAYER = {"pruning_ratio": {"*.0.*": 0.5, "*.1.*": 0.25}, "round_to": 1}
+_GQA = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+_SSD = {"n_groups": 2, "state_size": 10, "expand": 2, "chunk_size": 4}
+
+# name -> config, planning; every layer ends with sizes of its own
+CASES: dict[str, tuple[dict, dict]] = {
+    **{name: (options, _BY_LAYER) for name, options in DECODERS.items()},
+    "mistral": ({**_GQA, "sliding_window": 4}, _GLOBAL),
+    "qwen3_moe": ({**_GQA, "head_dim": 10, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}, _GLOBAL),
+    "mamba2": ({"hidden_size": 48, "num_hidden_layers": 2, "num_heads": 12, "head_dim": 8, **_SSD}, {**_BY_LAYER, "units": ("ssm_head",)}),
+    "bamba": (
+        {**_GQA, "attn_layer_indices": [1], "mamba_n_heads": 12, "mamba_d_head": 8, **{f"mamba_{k.replace('state_size', 'd_state')}": v for k, v in _SSD.items()}},
+        _GLOBAL,
+    ),
+}
+
 LOAD = """
 import sys, torch
 import tests.torchvision_ops, graphprune as gp
@@ -31,10 +48,10 @@ for folder in sys.argv[1:]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     """Name -> (result, ids, folder, what a fresh process made of the folder); the layers of each network are cut unevenly."""
     results = {}
-    for name, options in DECODERS.items():
+    for name, (options, planning) in CASES.items():
         module, ids = decoder(name, **options)
         root = tmp_path_factory.mktemp(name)
-        result = gp.compile(module, {"input_ids": ids}, pruning_ratio={"*.0.*": 0.5, "*.1.*": 0.25}, round_to=1)
+        result = gp.compile(module, {"input_ids": ids}, **planning)
         result.save(root / "out")
         torch.save({"ids": ids}, root / "given.pt")
         results[name] = result, ids, root / "out"
@@ -44,7 +61,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     return {name: (*held, torch.load(held[2].parent / "found.pt", weights_only=True)) for name, held in results.items()}
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", CASES)
 def test_fresh_process(name: str, found: dict[str, tuple]) -> None:
     result, ids, _, made = found[name]
     assert result.written.how == "module"
@@ -54,7 +71,7 @@ def test_fresh_process(name: str, found: dict[str, tuple]) -> None:
     assert torch.equal(made[True], result.module.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", CASES)
 def test_uneven_layers_are_recorded_and_refused_aloud(name: str, found: dict[str, tuple]) -> None:
     result, _, folder, _ = found[name]
     layers = json.loads((folder / "config.json").read_text())["per_layer_config"]
@@ -69,9 +86,9 @@ def test_a_saved_folder_is_captured_again(found: dict[str, tuple]) -> None:
     assert {n: v.shape for n, v in program.weights.items()} == {n: v.shape for n, v in result.pruned.weights.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "mistral", "qwen3_moe"])
 def test_even_layers_load_by_from_pretrained(name: str, tmp_path: Path) -> None:
-    module, ids = decoder(name, **DECODERS[name])
+    module, ids = decoder(name, **CASES[name][0])
     result = gp.compile(module, {"input_ids": ids}, pruning_ratio=0.5, round_to=4)
     result.save(tmp_path / "out")
     assert "per_layer_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -104,6 +121,23 @@ def test_onnx_takes_any_batch_and_length(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(logits), result.module(input_ids=longer).logits, atol=1e-4, rtol=1e-4)
     names = {name.removesuffix(".T") for name in gp.capture(tmp_path / "out.onnx").weights}
     assert {n for n, p in result.module.named_parameters() if p.dim() == 2} <= names
+
+
+@pytest.mark.parametrize(("units", "ratio"), [("neuron", {"*.0.*": 0.3, "*.1.*": 0.15}), ("kv_group", 0.5)])
+def test_a_folder_is_cut_again(units: str, ratio: float | dict[str, float], tmp_path: Path) -> None:
+    """As it was saved: uneven, by its name alone; and what comes of it is saved, read and cut as well."""
+    source, ids = decoder("llama", **DECODERS["llama"])
+    given, last = {"input_ids": ids}, source.num_parameters()
+    for i, (kind, part) in enumerate([("neuron", {"*.0.*": 0.3, "*.1.*": 0.15}), (units, ratio), ("neuron", 0.25)]):
+        result = gp.compile(source, given, pruning_ratio=part, units=(kind,), round_to=1)
+        assert result.report.certificate["status"] == "passed"
+        result.save(tmp_path / str(i))
+        again = gp.load(tmp_path / str(i))
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=ids).logits, result.module(input_ids=ids).logits)
+        assert torch.equal(*(m.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None) for m in (again, result.module)))
+        assert again.num_parameters() < last
+        source, given, last = tmp_path / str(i), None, again.num_parameters()
 
 
 def test_a_removed_branch_stays_away(tmp_path: Path) -> None:
