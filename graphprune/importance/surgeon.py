@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Gram, layerwise, noise
+from graphprune.calibration import Gram, layerwise
 from graphprune.importance.activations import readers, without_readers
 from graphprune.importance.algebra import NORMALISERS
 from graphprune.linear_maps import LinearMap, columns
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from graphprune.calibration import Statistics
 
 CHUNK = 1 << 24  # entries of the block systems that are solved at once
-NOISE = 16  # batches that stand for data where there are none
 USUAL = (*DEFAULT_UNITS, "ssm_head")  # kinds that are scored in one pass; others in one of their own
 
 
@@ -66,7 +65,7 @@ def losses(weight: Tensor, hessian: Tensor, index: Tensor, first_order: bool = F
 
 @dataclass(frozen=True)
 class Surgeon:
-    """Sum over readers of the block loss of optimal brain surgeon; without data, on noise.
+    """Sum over readers of the block loss of optimal brain surgeon.
 
     Args:
         first_order: add the first-order term that stays without the layer's own fit, see `losses`.
@@ -99,10 +98,9 @@ class Surgeon:
             for group, member in wanted[linear.weight]:
                 found[linear.weight, group.name] = self._units(linear, member, matrix, hessian).cpu()
 
-        data = statistics.data if statistics.data is not None else noise(program, NOISE, statistics.seed)
         narrow = any(v.is_weight and v.dtype is not None and v.dtype.itemsize < 4 for v in program.weights.values())
         dtype = torch.float32 if narrow else None
-        layerwise(program, data, decide, make=Gram, only=wanted, inputs="dense", dtype=dtype)
+        layerwise(program, statistics.data, decide, make=Gram, only=wanted, inputs="dense", dtype=dtype)
         return found
 
     def _units(self, linear: LinearMap, member: Member, matrix: Tensor, hessian: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """OBSPA: optimal brain surgeon on coupled channels of any graph. What reads a channel is refitted; data may be noise."""
 
 from graphprune.allocation import Global
-from graphprune.importance.surgeon import NOISE, Surgeon
+from graphprune.importance.surgeon import Surgeon
 from graphprune.recipes.recipe import Recipe
 
 RECIPES = (
@@ -13,7 +13,7 @@ RECIPES = (
         allocation=Global(of="params"),
         repair=("least_squares", "bn"),
         data=False,
-        noise=NOISE,
+        noise=16,
         deviations="units of a group are judged one by one on the dense network, then refitted together; without calibration_data inputs "
         "are normal numbers",
     ),
