@@ -29,8 +29,9 @@ class Backend:
     target: str  # "module:callable"; callable(result, **options) -> Runner
     needs: str = ""  # an importable module
     extra: str = ""  # the extra that installs it
+    decides: bool = False  # its runner has `sparse_layers`: what was chosen for each, which belongs in the report
 
-    def lower(self, result: Any, **options: Any) -> Runner:
+    def lower(self, result: Any, **options: Any) -> Callable[..., Any]:
         module, _, name = self.target.partition(":")
         return getattr(importlib.import_module(module), name)(result, **options)
 
@@ -38,19 +39,17 @@ class Backend:
 BACKENDS: Mapping[str, Backend] = {
     "torch": Backend("graphprune.backends.torch:TorchModel"),
     "onnxruntime": Backend("graphprune.backends.onnxruntime:OnnxRuntimeModel", "onnxruntime", "onnxruntime"),
+    "triton": Backend("graphprune.backends.triton:sparse_module", "triton", "gpu", decides=True),
 }
-NOT_YET: Mapping[str, str] = {"triton": "its kernels run sparse weights, and masks are not implemented yet"}
 
 
 def check_backend(name: str) -> Backend:
     """The backend of this name, ready to be used.
 
     Raises:
-        InvalidInput: there is none of this name, or not yet.
+        InvalidInput: there is none of this name.
         MissingExtra: what it needs is not installed.
     """
-    if name in NOT_YET:
-        raise InvalidInput(f"backend {name!r} is not there yet: {NOT_YET[name]}; use one of {', '.join(BACKENDS)}")
     if name not in BACKENDS:
         raise InvalidInput(f"backend is one of {', '.join(BACKENDS)}, found {name!r}")
     backend = BACKENDS[name]

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -137,6 +137,7 @@ class Table:
         yield from sorted(found.items(), key=lambda item: item[0])
 
 
+Choice: TypeAlias = Kernel | tuple[Kernel, Mapping[str, Any]]  # the latter with options of its `pack`
 Measure = Callable[[Kernel, Packed, Tensor, int], Measurement]
 
 
@@ -159,12 +160,13 @@ class Gate:
         self.measure = measure or measure_kernel
         self.roof = roof or next((r for part, r in ROOFS.items() if part in self.name), ANY_ROOF)
 
-    def decide(self, kernels: Iterable[Kernel], weight: Tensor, tokens: int, **options: Any) -> Decision:
-        """The fastest path for y = x W^T with `tokens` rows of x; `options` go to the kernels' `pack`.
+    def decide(self, kernels: Iterable[Choice], weight: Tensor, tokens: int, **options: Any) -> Decision:
+        """The fastest path for y = x W^T with `tokens` rows of x; `options` go to every `pack`, beside a kernel's own.
 
         A measurement is shared by all weights of the same shape, type, density (to a hundredth) and kernel.
         """
-        decisions = [self._ask(kernel, weight, tokens, options) for kernel in kernels]
+        pairs = [choice if isinstance(choice, tuple) else (choice, {}) for choice in kernels]
+        decisions = [self._ask(kernel, weight, tokens, {**options, **own}) for kernel, own in pairs]
         sparse = [d for d in decisions if d.sparse]
         if sparse:
             return min(sparse, key=lambda d: d.sparse_us or 0.0)
@@ -173,7 +175,7 @@ class Gate:
         return Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given")
 
     def decide_both(
-        self, kernels: Iterable[Kernel], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
+        self, kernels: Iterable[Choice], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
     ) -> tuple[Decision, Decision]:
         """The paths of a layer that generates: (for `decode` tokens, for `prefill` tokens)."""
         kernels = tuple(kernels)
@@ -184,7 +186,7 @@ class Gate:
             return Decision("dense", tokens, f"{kernel.name}: {reason}", **numbers)
 
         if not self.can_measure:
-            return dense("no CUDA device to measure on")
+            return dense("no CUDA device: nothing to gain")
         if (reason := kernel.accepts(weight)) is not None:
             return dense(reason)
         if kernel.most_tokens is not None and tokens > kernel.most_tokens:

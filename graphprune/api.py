@@ -25,7 +25,7 @@ from graphprune.measure import interleaved
 from graphprune.plan import Plan
 from graphprune.program import Program, Value
 from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
-from graphprune.report import Frozen, GroupSummary, Latency, PassRecord, Report, changes
+from graphprune.report import Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
 from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
 from graphprune.units import DEFAULT_UNITS
@@ -155,10 +155,11 @@ class Result:
         return ProgramModule(self.pruned)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._runner(*args, **kwargs)
+        return self.runner(*args, **kwargs)
 
     @cached_property
-    def _runner(self) -> Callable[..., Any]:
+    def runner(self) -> Any:
+        """What a call runs: by torch the module itself; by triton one of the same class, names and weights with sparse layers in it."""
         if self.backend == "torch":
             return self.module
         from graphprune.backends.base import lower
@@ -284,6 +285,14 @@ def _apply(
         notes += list(written.notes)
     report = _report(program, pruned, cut, plan, certificate, notes, times, clock.seconds)
     result = Result(program, pruned, plan, report, certificate, backend, module, written, str(device) if device is not None else None)
+    from graphprune.backends.base import check_backend
+
+    if check_backend(backend).decides:
+        with clock("backend"):
+            report = replace(report, kernels=KernelChoice.of(result.runner.sparse_layers))
+        if not report.kernels:
+            idle = f"backend {backend} has nothing to do: no weight was given zeros (sparsity=)"
+            report = replace(report, warnings=(*report.warnings, idle))
     with clock("measure"):
         latency = _latency(result)
     if latency is not None:
@@ -296,7 +305,7 @@ MEASURE_SECONDS = 0.5
 
 
 def _latency(result: Result) -> tuple[Latency, Latency] | None:
-    """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else by PyTorch.
+    """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else as a torch module.
 
     None where that does not run it.
     """
@@ -322,8 +331,10 @@ def _latency(result: Result) -> tuple[Latency, Latency] | None:
         return None
     original = source.module if module is not source.module else source.graph_module
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if result.backend == "triton":
+        module = result.runner
     with evaluating(source.module), evaluating(module), torch.no_grad():
-        return _timed([lambda m=m: m(*source.args, **source.kwargs) for m in (original, module)], device.type, where, "torch")  # type: ignore[misc]
+        return _timed([lambda m=m: m(*source.args, **source.kwargs) for m in (original, module)], device.type, where, result.backend)  # type: ignore[misc]
 
 
 def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend: str) -> tuple[Latency, Latency]:

@@ -274,7 +274,7 @@ def gate_with(tmp_path, measurement: Measurement, calls: list | None = None, **o
 
 def test_without_a_gpu_the_gate_answers_dense(tmp_path):
     decision = Gate("cpu", Table(tmp_path)).decide([SPARSE], half_empty(), 1)
-    assert not decision.sparse and decision.reason == "unstructured: no CUDA device to measure on"
+    assert not decision.sparse and decision.reason == "unstructured: no CUDA device: nothing to gain"
 
 
 def test_sparse_only_where_it_was_measured_faster(tmp_path):

@@ -1,5 +1,16 @@
 """The report of a compile and its tables."""
 
-from graphprune.report.record import Footprint, Frozen, GroupSummary, Latency, LayerCost, PassRecord, Report, TensorChange, changes
+from graphprune.report.record import (
+    Footprint,
+    Frozen,
+    GroupSummary,
+    KernelChoice,
+    Latency,
+    LayerCost,
+    PassRecord,
+    Report,
+    TensorChange,
+    changes,
+)
 
-__all__ = ["Footprint", "Frozen", "GroupSummary", "Latency", "LayerCost", "PassRecord", "Report", "TensorChange", "changes"]
+__all__ = ["Footprint", "Frozen", "GroupSummary", "KernelChoice", "Latency", "LayerCost", "PassRecord", "Report", "TensorChange", "changes"]

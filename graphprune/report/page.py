@@ -83,6 +83,7 @@ def html(report: Report) -> str:
         kinds=_kinds(report),
         exactness=_exactness(report),
         timing=escape(report.timing or "not measured"),
+        kernels=_kernels(report),
         certificate=_certificate(report.certificate),
         again=_again(report),
         work=_work(report),
@@ -209,6 +210,15 @@ def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], w
 
 
 # ---- groups
+
+
+def _kernels(report: Report) -> str:
+    """How weights with zeros run, where a backend had to decide."""
+    if not report.kernels:
+        return ""
+    header = [it.capitalize() for it in tables.KERNEL_COLUMNS]
+    rows = [tuple(map(escape, row)) for row in tables.kernel_rows(report.kernels)]
+    return _table("How products with zeros in their weights run", header, rows, words=3)
 
 
 def _kinds(report: Report) -> str:

@@ -104,6 +104,30 @@ class PassRecord:
 
 
 @dataclass(frozen=True)
+class KernelChoice:
+    """How the product with one masked weight runs, from so many tokens of the last row up to these; times are of one product, cold."""
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    tokens: int
+    path: str  # "dense" or the name of a kernel
+    reason: str
+    dense_us: float | None = None  # None where not measured
+    sparse_us: float | None = None
+    modelled: float | None = None  # speed-up that the roofline allows
+
+    @classmethod
+    def of(cls, layers: Iterable[Any]) -> tuple[KernelChoice, ...]:
+        """From what a backend decided for each layer."""
+        return tuple(
+            cls(layer.name, tuple(layer.shape), layer.density, d.tokens, d.path, d.reason, d.dense_us, d.sparse_us, d.modelled)
+            for layer in layers
+            for d in layer.decisions
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Before against after, the decisions between them, and the proof. `print(report)` shows a table, `to_json` keeps everything."""
 
@@ -117,6 +141,7 @@ class Report:
     groups: tuple[GroupSummary, ...] = ()
     not_prunable: tuple[Frozen, ...] = ()
     passes: tuple[PassRecord, ...] = ()
+    kernels: tuple[KernelChoice, ...] = ()  # what a backend with sparse kernels decided, layer by layer
     quality: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # metric -> (before, after)
     certificate: Mapping[str, Any] | None = None  # as `certificate.json` holds it
     warnings: tuple[str, ...] = ()
@@ -184,6 +209,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {  # how a JSON field becomes what t
     "groups": lambda rows: tuple(GroupSummary(**{**row, "members": tuple(row["members"])}) for row in rows),
     "not_prunable": lambda rows: tuple(Frozen(**row) for row in rows),
     "passes": lambda rows: tuple(PassRecord(**row) for row in rows),
+    "kernels": lambda rows: tuple(KernelChoice(**{**row, "shape": tuple(row["shape"])}) for row in rows),
     "quality": lambda rows: {name: (before, after) for name, (before, after) in rows.items()},
     "warnings": tuple,
 }

@@ -17,7 +17,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 if TYPE_CHECKING:
-    from graphprune.report.record import Footprint, Frozen, GroupSummary, Report, TensorChange
+    from graphprune.report.record import Footprint, Frozen, GroupSummary, KernelChoice, Report, TensorChange
 
 WIDTH = 80
 LONGEST = 10  # rows of a list that is shown abbreviated
@@ -71,6 +71,8 @@ def report(it: Report) -> ConsoleRenderable:
         parts.append(_reasons(it.not_prunable))
     if it.passes:
         parts.append(grid(("pass", "time", "effect"), [(p.name, f"{p.seconds:.2f} s", p.effect) for p in it.passes]))
+    if it.kernels:
+        parts.append(kernels(it.kernels))
     if it.certificate is not None:
         parts.append(certificate(it.certificate))
     if it.seconds:
@@ -159,6 +161,41 @@ def _shape(sizes: Sequence[int] | None) -> str:
 def _reasons(entries: Iterable[Frozen]) -> Table:
     counted = Counter(entry.reason for entry in entries)
     return grid(("not prunable because", "axes"), [(reason, str(n)) for reason, n in counted.most_common()])
+
+
+KERNEL_COLUMNS = ("weights", "runs as", "speed-up", "kept", "tokens", "dense", "sparse")
+
+
+def kernel_rows(choices: Iterable[KernelChoice]) -> list[tuple[str, ...]]:
+    """What was decided about masked weights, layers of equal answers in one row; columns as in KERNEL_COLUMNS.
+
+    Where nothing was measured, the reason stands in place of the speed-up.
+    """
+    alike: dict[tuple, list[KernelChoice]] = defaultdict(list)
+    for it in choices:
+        alike[it.shape, round(it.density, 2), it.tokens, it.path, it.dense_us, it.sparse_us, it.reason].append(it)
+    rows: list[tuple[str, ...]] = []
+    for (shape, kept, tokens, path, dense, sparse, reason), them in alike.items():
+        weights = (f"{len(them)} x " if len(them) > 1 else "") + "x".join(map(str, shape))
+        won = reason if dense is None or not sparse else f"{dense / sparse:.2f}x"
+        rows.append((weights, path, won, f"{100 * kept:.0f} %", str(tokens), _micro(dense), _micro(sparse)))
+    return rows
+
+
+def kernels(choices: Iterable[KernelChoice]) -> ConsoleRenderable:
+    """The same as a table; what was not measured is one line for each reason."""
+    plain, rows = Counter[tuple[str, str]](), []
+    for it in choices:
+        if it.dense_us is None:
+            plain[it.path, it.reason] += 1
+        else:
+            rows.append(it)
+    lines = [Text(f"{plural(number, 'product')} with zeros in the weight, {path}: {why}") for (path, why), number in plain.items()]
+    return stack([*([grid(KERNEL_COLUMNS, kernel_rows(rows))] if rows else []), *lines])
+
+
+def _micro(time: float | None) -> str:
+    return "-" if time is None or time == float("inf") else f"{time:.1f} us"
 
 
 def certificate(it: Mapping[str, Any]) -> ConsoleRenderable:

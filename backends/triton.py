@@ -1,0 +1,397 @@
+"""Runs a network with zeros in its weights by sparse kernels, layer by layer where the gate says that they pay.
+
+`sparse_module` copies the module (every tensor is shared with the original) and lets each product `x W^T` with a masked weight go through a
+`Product`, which takes the path that was decided for the number of tokens at hand: dense, or a kernel with the weight stored compressed.
+Products are found in three places: `nn.Linear` modules, which change their class and stay where they are, so the rest of the model
+(`generate`, caches, hooks, names) does not notice; `aten.linear` nodes of graphs that stand in for a module; MatMul and Gemm nodes of a
+network that came as ONNX. Anything else with zeros (convolutions, stacked experts) runs dense, and is listed as such.
+
+Weights keep their names and stay the parameters: while they are trained, a product is `x (W * mask)^T`, so zeros stay zeros; without
+gradients it reads the compressed copy, which follows the weights (after an optimizer step, `load_state_dict`, `.to`). A compiled module
+looks for changes at `eval()` and `load_state_dict` only.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from graphprune.backends.gate import Decision, Gate
+from graphprune.backends.kernels import KERNELS, block_sparse, library
+from graphprune.backends.kernels.base import ACTIVATIONS, Kernel, Packed, check_weight
+from graphprune.errors import InvalidInput
+from graphprune.execute.module import ProgramModule
+from graphprune.program import Node, Value
+
+FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
+TOKENS = (1, 16, 2048)  # where it is decided: one sequence and a batch that decode, and prefill
+WASTE = 1.1  # blocks may store so many times the weights that are kept
+FEWEST_ZEROS = 0.1  # of a weight without a plan, to count as masked
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One masked weight and what was decided about it, by number of tokens."""
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    decisions: tuple[Decision, ...]
+
+
+def sparse_module(
+    result: Any, *, tokens: Sequence[int] = TOKENS, force: str | bool = False, gate: Gate | None = None, device: Any = None
+) -> nn.Module:
+    """A module that computes what `result.module` computes, sparse where that is faster; it shares its weights.
+
+    Args:
+        result: a result with a `module` and a `plan`, or a module; then weights with zeros count as masked.
+        tokens: the numbers of tokens at which dense and sparse are compared. A call takes what was decided for the next larger one.
+        force: for tests: the kernel of this name, or True for the first that takes a weight, without asking whether it is fast.
+        gate: decides; by default one for the device of the weights.
+        device: where the gate measures; by default where the weights are.
+
+    Raises:
+        InvalidInput: `force` is no kernel, or `tokens` is empty.
+    """
+    if isinstance(force, str) and force not in FORMATS:
+        raise InvalidInput(f"force names a kernel, one of {', '.join(FORMATS)}, found {force!r}")
+    if not tokens or min(tokens) < 1:
+        raise InvalidInput(f"tokens are the numbers of tokens to decide for, each at least 1, found {tokens!r}")
+    source: nn.Module = result if isinstance(result, nn.Module) else result.module
+    root = _copied(source)
+    masks = _masks(root, None if isinstance(result, nn.Module) else result.plan.masks)
+    products: dict[tuple[int, bool], Product] = {}
+    placed: dict[str, tuple[Decision, ...]] = {}
+    for site in _sites(root):
+        weight = getattr(site.owner, site.attribute)
+        name, mask = masks.get(id(weight), ("", None))
+        if mask is None:
+            continue
+        key = id(weight), site.transposed
+        if key not in products:
+            judge = gate or Gate(device if device is not None else weight.device)
+            products[key] = Product(site, mask, tuple(sorted(tokens)), judge, force)
+        site.place(products[key])
+        placed[name] = products[key].decisions
+    _fuse(root)
+    elsewhere = "dense products only: what multiplies with it is no linear layer"
+    root.__dict__["sparse_layers"] = tuple(
+        Layer(
+            name, tuple(mask.shape), float(mask.float().mean()), placed.get(name) or tuple(Decision("dense", n, elsewhere) for n in tokens)
+        )
+        for name, mask in masks.values()
+    )
+    return root
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares every tensor, and the program that it may run."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        held = (*vars(part).values(), *part._parameters.values(), *part._buffers.values())
+        memo |= {id(it): it for it in held if isinstance(it, Tensor)}
+        if isinstance(part, ProgramModule):
+            memo[id(part.program)] = part.program
+    return copy.deepcopy(module, memo)
+
+
+def _masks(root: nn.Module, planned: Mapping[str, Tensor] | None) -> dict[int, tuple[str, Tensor]]:
+    """Name and mask of each masked parameter, by identity; those of weights that were cut are read off the zeros."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    names = {given: name for part in root.modules() if isinstance(part, ProgramModule) for given, name in part.names.items()}
+    planned = {names.get(name, name): mask for name, mask in planned.items()} if planned is not None else None
+    shown = {name: given for given, name in names.items()}
+    for name, weight in root.named_parameters(remove_duplicate=False):
+        if planned is None and (weight.dim() != 2 or float((weight == 0).float().mean()) < FEWEST_ZEROS):
+            continue
+        if planned is None or name in planned:
+            mask = weight.detach() != 0 if planned is None or planned[name].shape != weight.shape else planned[name]
+            found.setdefault(id(weight), (shown.get(name, name), mask))
+    return found
+
+
+# ---- where weights are multiplied
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product with a weight: who holds it, whether as (columns, rows), and how another one takes its place."""
+
+    owner: nn.Module
+    attribute: str
+    transposed: bool
+    place: Callable[[Product], None]
+
+
+def _sites(root: nn.Module) -> Iterator[Site]:
+    for part in list(root.modules()):
+        if type(part) is nn.Linear and "forward" not in vars(part):
+            yield Site(part, "weight", False, functools.partial(_change_class, part))
+        elif isinstance(part, fx.GraphModule):
+            yield from _graph_sites(part)
+        elif isinstance(part, ProgramModule):
+            yield from _program_sites(part)
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer with a masked weight."""
+
+    product: Product
+
+    def forward(self, x: Tensor, activation: str = "") -> Tensor:
+        return self.product(x, self.bias, activation)
+
+
+def _change_class(linear: nn.Linear, product: Product) -> None:
+    linear.__class__ = SparseLinear
+    linear.product = product  # type: ignore[assignment]
+
+
+def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        held = node.args[1]
+        if isinstance(held, fx.Node) and held.op == "get_attr" and not node.kwargs:
+            path, _, attribute = str(held.target).rpartition(".")
+            yield Site(module.get_submodule(path), attribute, False, functools.partial(_replace_node, module, node))
+
+
+def _replace_node(module: fx.GraphModule, node: fx.Node, product: Product) -> None:
+    name = f"product_{node.name}"
+    module.add_submodule(name, product)
+    with module.graph.inserting_before(node):
+        new = module.graph.call_module(name, (node.args[0], *node.args[2:]))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _program_sites(module: ProgramModule) -> Iterator[Site]:
+    for node in module.program.nodes:
+        if node.op == ("", "MatMul"):
+            weight, bias, transposed = node.args["B"], None, True
+        elif node.op == ("", "Gemm") and not node["transA"] and node["alpha"] == node["beta"] == 1:
+            weight, bias, transposed = node.args["B"], node.args.get("C"), not node["transB"]
+        else:
+            continue
+        plain = bias is None or (isinstance(bias, Value) and bias.shape is not None and len(bias.shape) == 1)
+        if isinstance(weight, Value) and weight.name in module.names and len(weight.shape or ()) == 2 and plain:
+            place = functools.partial(_intercept, module, node, "C" if bias is not None else "")
+            yield Site(module, module.names[weight.name], transposed, place)
+
+
+class Products(dict[Node, tuple["Product", str]]):
+    """Node -> what is run in its place, and which of its arguments is the bias."""
+
+    def __call__(self, node: Node, args: Mapping[str, Any], compute: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
+        if node not in self:
+            return compute(args)
+        product, bias = self[node]
+        return (product(args["A"], args[bias] if bias else None),)
+
+
+def _intercept(module: ProgramModule, node: Node, bias: str, product: Product) -> None:
+    module.add_module(f"product_{len(module._modules)}", product)
+    module.intercept = module.intercept or Products()
+    module.intercept[node] = (product, bias)  # type: ignore[index]
+
+
+# ---- one product
+
+
+class Stored(nn.Module):
+    """A compressed weight whose tensors are buffers that no state dict holds; kernels read it like the `Packed` that it came from."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        for name, value in vars(packed).items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def take(self, packed: Packed) -> None:
+        """Other numbers; in place where the sizes are the same, so that compiled code sees them."""
+        for name, value in vars(packed).items():
+            old = getattr(self, name)
+            same = type(value) is Tensor and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device)
+            if same and not old.is_inference():
+                old.copy_(value)
+            else:
+                setattr(self, name, value)
+
+
+class Product(nn.Module):
+    """y = act(x W^T + bias) for the weight of a site and its mask."""
+
+    bits: Tensor
+
+    def __init__(self, site: Site, mask: Tensor, tokens: Sequence[int], gate: Gate, force: str | bool) -> None:
+        super().__init__()
+        self.source = (site.owner, site.attribute, site.transposed)  # a tuple, so that the owner does not become a part
+        mask = mask.T if site.transposed else mask
+        self.register_buffer("bits", _packed_bits(mask).to(self.weight.device), persistent=False)
+        self.state: tuple[Any, ...] = ()
+        with torch.no_grad():
+            full = self._full()
+            takes = [(kernel, options) for kernel, options in _formats(full) if force in (False, True, kernel.name)]
+            if force:
+                self.decisions = tuple(_forced(takes, full, count) for count in tokens)
+            else:
+                self.decisions = tuple(gate.decide(takes, full, count) for count in tokens)
+            self.options = {kernel.name: options for kernel, options in takes if any(d.path == kernel.name for d in self.decisions)}
+            self.formats = nn.ModuleDict({name: Stored(FORMATS[name].pack(full, **options)) for name, options in self.options.items()})
+        self.steps = tuple((d.tokens, d.path, d.config) for d in self.decisions)
+        self.refresh()
+        site.owner.register_load_state_dict_post_hook(functools.partial(_loaded, self))
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, columns)."""
+        owner, attribute, transposed = self.source
+        return getattr(owner, attribute).T if transposed else getattr(owner, attribute)
+
+    def mask(self) -> Tensor:
+        """(rows, columns) bool, on the weight's device."""
+        shape = self.weight.shape
+        flags = (self.bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.bits.device)) & 1
+        return flags.bool().flatten()[: shape[0] * shape[1]].reshape(shape)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
+        weight = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return ACTIVATIONS[activation](F.linear(x, weight * self.mask(), bias))
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        path, config = self._path(x.numel() // max(1, x.shape[-1]))
+        if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product
+            return ACTIVATIONS[activation](F.linear(x, weight, bias))
+        return FORMATS[path].linear(x, self.formats[path], bias, activation, config)
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        for most, path, config in self.steps:
+            if tokens <= most:
+                return path, config
+        return self.steps[-1][1:]
+
+    def train(self, mode: bool = True) -> Product:
+        if not mode:
+            self.refresh()
+        return super().train(mode)
+
+    def refresh(self) -> None:
+        """Compress the weight again if it changed, and mask what was written over zeros."""
+        owner, attribute, _ = self.source
+        held = getattr(owner, attribute)
+        if held.is_meta or _state(held) == self.state:
+            return
+        with torch.no_grad():
+            if bool((self.weight[~self.mask()] != 0).any()):
+                self.weight.mul_(self.mask())
+            full = self._full() if self.formats else held
+            for name, stored in self.formats.items():
+                stored.take(FORMATS[name].pack(full, **self.options[name]))  # type: ignore[operator]
+        self.state = _state(held)
+
+    def _full(self) -> Tensor:
+        """The weight with no zero where the mask keeps it: kernels store what is not zero, and the places must not depend on values."""
+        weight, mask = self.weight.detach(), self.mask()
+        info = torch.finfo(weight.dtype)
+        least = max(info.smallest_normal * info.eps, 2.0**-126)  # of what is not zero in any arithmetic
+        return torch.where(mask, torch.where(weight == 0, least, weight), 0.0).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{path} to {most}" for most, path, _ in self.steps) + " tokens"
+
+
+def _loaded(product: Product, module: nn.Module, keys: Any) -> None:
+    product.refresh()
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """Changes whenever the numbers may have changed."""
+    return (-1 if weight.is_inference() else weight._version), weight.data_ptr(), weight.dtype, weight.device
+
+
+def _packed_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as uint8, eight entries each, lowest bits first."""
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1).to(torch.uint8)
+
+
+def _formats(weight: Tensor) -> list[tuple[Kernel, dict[str, Any]]]:
+    """Formats worth asking about, with options of `pack`: the largest blocks that store few zeros, else 2:4, else any zeros."""
+    if check_weight(weight) is not None or not weight.numel():
+        return []
+    kept = weight != 0
+    count = int(kept.sum())
+    for block in sorted(block_sparse.BLOCKS, reverse=True):
+        padded = F.pad(kept, (0, -weight.shape[1] % block, 0, -weight.shape[0] % block))
+        tiles = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
+        if block <= max(weight.shape) and int(tiles.sum()) * block * block <= WASTE * count < weight.numel():
+            return [(KERNELS["block_sparse"], {"block": block})]
+    pairs = [FORMATS["two_four"], FORMATS["two_four_library"]] if FORMATS["two_four"].accepts(weight) is None else []
+    return [(kernel, {}) for kernel in (*pairs, KERNELS["unstructured"])]
+
+
+def _forced(takes: Sequence[tuple[Kernel, dict[str, Any]]], weight: Tensor, tokens: int) -> Decision:
+    for kernel, _ in takes:
+        if kernel.accepts(weight) is None and (kernel.most_tokens is None or tokens <= kernel.most_tokens) and kernel is not library.KERNEL:
+            return Decision(kernel.name, tokens, "forced")
+    return Decision("dense", tokens, "no kernel that was forced takes this weight and number of tokens")
+
+
+# ---- the activation behind a layer
+
+
+class FusedSequential(nn.Sequential):
+    """Hands the activation that follows a sparse layer to it; its parts stay as they are."""
+
+    steps: tuple[tuple[int, str], ...]
+    length: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) != self.length:
+            return super().forward(x)
+        for index, activation in self.steps:
+            x = self[index](x, activation) if activation else self[index](x)
+        return x
+
+
+def _fuse(root: nn.Module) -> None:
+    """Only where the order of the layers is plain: in `nn.Sequential`. Elsewhere torch.compile fuses an activation with what follows it."""
+    for part in root.modules():
+        if type(part) is not nn.Sequential:
+            continue
+        steps: list[tuple[int, str]] = []
+        for index, layer in enumerate(part):
+            name = _activation(layer)
+            if name and steps and steps[-1] == (index - 1, "") and type(part[index - 1]) is SparseLinear and _plain(part[index - 1]):
+                steps[-1] = (index - 1, name)
+            else:
+                steps.append((index, ""))
+        if any(name for _, name in steps):
+            part.__class__ = FusedSequential
+            part.steps, part.length = tuple(steps), len(part)  # type: ignore[assignment]
+
+
+def _activation(layer: nn.Module) -> str:
+    """Its name in ACTIVATIONS, or nothing."""
+    if not _plain(layer):
+        return ""
+    if type(layer) is nn.GELU:
+        return "gelu" if layer.approximate == "none" else "gelu_tanh"
+    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(layer), "")
+
+
+def _plain(layer: nn.Module) -> bool:
+    return not any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))

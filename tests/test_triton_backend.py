@@ -1,0 +1,350 @@
+"""The backend of sparse kernels: masks to packed weights to a module that computes what the dense masked module computes.
+
+There is no speed on a machine without a GPU, so kernels are forced here and run in Triton's interpreter; what the gate would say is tested
+with measurements that are given to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import graphprune as gp
+from graphprune.backends.base import lower
+from graphprune.backends.gate import Gate, Measurement, Roof, Table
+from graphprune.backends.triton import FusedSequential, Product, SparseLinear, sparse_module
+from graphprune.errors import InvalidInput
+from graphprune.report import Report
+from tests.randomise import seeded
+from tests.test_cli import call
+
+PATTERNS = {"block:16x16": "block_sparse", "2:4": "two_four", "unstructured": "unstructured"}
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+class Mlp(nn.Module):
+    """A gated MLP, whose end is a plain stack, and a head that is not masked."""
+
+    def __init__(self, width: int = 48, inner: int = 80):
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.down = nn.Sequential(nn.Linear(inner, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def pruned(pattern: str = "block:16x16", model: nn.Module | None = None, inputs=None, **options):
+    with seeded(0):
+        model, inputs = model or Mlp().eval(), torch.randn(3, 48) if inputs is None else inputs
+        return gp.compile(model, inputs, sparsity=0.5, pattern=pattern, backend="triton", progress=False, **options)
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def result(request):
+    return pruned(request.param)
+
+
+def forced(result) -> nn.Module:
+    return lower(result, "triton", force=True, tokens=(1, 4))
+
+
+def kernels_of(module: nn.Module) -> set[str]:
+    return {d.path for layer in module.sparse_layers for d in layer.decisions}
+
+
+# ---- dense and sparse compute the same
+
+
+def test_without_a_gpu_every_layer_is_dense_and_the_report_says_why(result):
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(result(x), result.module(x))
+    rows = result.report.kernels
+    assert {row.path for row in rows} == {"dense"} and all("no CUDA device: nothing to gain" in row.reason for row in rows)
+    assert {row.name for row in rows} == set(result.plan.masks) and {row.tokens for row in rows} == {1, 16, 2048}
+    assert "no CUDA device" in str(result.report) and Report.from_json(result.report.to_json()).kernels == rows
+
+
+@pytest.mark.parametrize("tokens", (1, 3))
+def test_sparse_module_equals_the_dense_masked_module(result, tokens):
+    module, kernel = forced(result), PATTERNS[result.plan.settings["pattern"]]
+    assert kernels_of(module) == {kernel} and {layer.name for layer in module.sparse_layers} == set(result.plan.masks)
+    x = torch.randn(tokens, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), result.module(x), **CLOSE)
+        module.up.product.formats[kernel].values.mul_(1.1)
+        assert not torch.allclose(module(x), result.module(x), rtol=1e-3), "what is computed with is not what the kernel holds"
+
+
+def test_few_and_many_tokens_take_different_paths():
+    module = lower(pruned("unstructured"), "triton", force=True, tokens=(1, 64))
+    up = module.up.product
+    assert up._path(1)[0] == "unstructured" and up._path(2)[0] == up._path(64)[0] == up._path(9999)[0] == "dense"
+    reasons = {d.tokens: d.reason for d in up.decisions}
+    assert reasons == {1: "forced", 64: "no kernel that was forced takes this weight and number of tokens"}
+
+
+def test_activation_of_a_plain_stack_is_handed_to_the_layer_before_it(result):
+    module, x = forced(result), torch.randn(2, 80)
+    assert type(module.down) is FusedSequential and module.down.steps == ((0, "gelu_tanh"), (2, ""))
+    with torch.no_grad():
+        torch.testing.assert_close(module.down(x), result.module.down(x), **CLOSE)
+        torch.testing.assert_close(module.down[0](x), result.module.down[0](x), **CLOSE)  # on its own it stays a linear layer
+        module.down.append(nn.Identity())
+        torch.testing.assert_close(module.down(x), result.module.down(x), **CLOSE)
+    seen: list = []
+    hooked = copy.deepcopy(result.module)
+    hooked.down[0].register_forward_hook(lambda *args: seen.append(args))
+    assert type(sparse_module(hooked, force=True).down) is nn.Sequential, "a hook would see what is behind the activation"
+
+
+# ---- weights stay the parameters
+
+
+def test_names_and_tensors_are_those_of_the_original(result, tmp_path):
+    module = forced(result)
+    assert list(module.state_dict()) == list(result.module.state_dict()) and type(module) is Mlp
+    assert module.up.weight is result.module.up.weight and isinstance(module.up, nn.Linear)
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    fresh = Mlp()
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    torch.testing.assert_close(fresh(torch.ones(1, 48)), result.module(torch.ones(1, 48)))
+    result.save(tmp_path / "out")
+    again = gp.load(tmp_path / "out", Mlp())
+    assert kernels_of(sparse_module(again, force=True, tokens=(1,))) == kernels_of(module), "masks are read off the zeros"
+
+
+def test_gradients_keep_zeros_and_the_kernel_follows_the_weights(result):
+    module = copy.deepcopy(forced(result))
+    mask = result.plan.masks["up.weight"]
+    with torch.no_grad():
+        module.up.weight.view(-1)[mask.flatten().nonzero()[0]] = 0.0  # a kept weight that happens to be zero trains too
+    before, x = module.up.weight.detach().clone(), torch.randn(4, 48)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    module(x).square().mean().backward()
+    assert not module.up.weight.grad[~mask].any() and module.up.weight.grad.flatten()[mask.flatten().nonzero()[0]] != 0
+    optimizer.step()
+    assert torch.equal(module.up.weight == 0, ~mask) and not torch.equal(module.up.weight, before)
+    dense = Mlp()
+    dense.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x[:3]), dense(x[:3]), **CLOSE)
+    assert not torch.allclose(dense(x), result.module(x), rtol=1e-3), "the step changed nothing"
+
+
+def test_gradients_of_the_input_go_through_the_kernel(result):
+    module = copy.deepcopy(forced(result)).requires_grad_(False)
+    grads = []
+    for it in (module, result.module):
+        x = torch.linspace(-1, 1, 96).reshape(2, 48).requires_grad_()
+        it(x).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, **CLOSE)
+
+
+def test_weights_that_are_loaded_are_masked_and_compressed(result):
+    module = copy.deepcopy(forced(result))
+    with seeded(7):
+        other = Mlp()
+    module.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        for name, mask in result.plan.masks.items():
+            other.get_parameter(name).mul_(mask)
+        torch.testing.assert_close(module(torch.ones(2, 48)), other(torch.ones(2, 48)), **CLOSE)
+
+
+def test_module_is_one_graph(result):
+    module, x = copy.deepcopy(forced(result)), torch.randn(2, 48)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), result.module(x), **CLOSE)
+        module.load_state_dict({name: 2 * tensor for name, tensor in module.state_dict().items()})
+        torch.testing.assert_close(compiled(x), module(x), **CLOSE)
+        assert not torch.allclose(compiled(x), result.module(x), rtol=1e-3)
+    torch.compiler.reset()
+    torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert not module.up.weight.grad[module.up.weight == 0].any()
+
+
+def test_module_can_be_moved_to_another_type():
+    module = copy.deepcopy(forced(pruned())).half()
+    assert module.up.product.formats["block_sparse"].values.dtype is torch.float16
+    x = torch.randn(2, 48).half()
+    with torch.no_grad():
+        expected = F.linear(x, module.up.weight, module.up.bias)
+        torch.testing.assert_close(module.up(x), expected, rtol=2e-3, atol=2e-3)
+
+
+# ---- other forms of a network
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=37,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with seeded(1):
+        return LlamaForCausalLM(config).eval()
+
+
+def test_a_language_model_generates_with_sparse_layers():
+    ids = torch.tensor([[3, 5, 7]])
+    result = pruned(model=llama(), inputs=ids.repeat(2, 1))
+    module = forced(result)
+    assert isinstance(module, LlamaForCausalLM) and sum(isinstance(m, SparseLinear) for m in module.modules()) == 14
+    assert kernels_of(module) == {"block_sparse"}
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(module.generate(ids, **arguments), result.module.generate(ids, **arguments))
+
+
+def onnx_mlp(path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"up": (48, 80), "down": (48, 80), "bias": (48,)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "up"], ["h"]), helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "down", "bias"], ["y"], transB=1), helper.make_node("Softmax", ["y"], ["z"]),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name) for name, shape in weights.items()]
+    put = lambda name, size: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])  # noqa: E731
+    graph = helper.make_graph(nodes, "mlp", [put("x", 48)], [put("z", 48)], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def test_an_onnx_network_runs_its_products_sparse(tmp_path):
+    onnx_mlp(tmp_path / "in.onnx")
+    result = gp.compile(tmp_path / "in.onnx", sparsity=0.5, pattern="block:16x16", targets=["up", "down"], backend="triton", progress=False)
+    module, x = forced(result), torch.randn(3, 48)
+    products = [m for m in module.modules() if isinstance(m, Product)]
+    assert len(products) == 2 and kernels_of(module) == {"block_sparse"} and {it.name for it in module.sparse_layers} == {"up", "down"}
+    with torch.no_grad():
+        expected = result.module(x)
+        torch.testing.assert_close(module(x), expected, **CLOSE)
+        products[0].formats["block_sparse"].values.mul_(1.1)
+        assert not torch.allclose(module(x), expected, rtol=1e-3)
+
+
+def test_a_graph_in_place_of_a_module_runs_sparse():
+    class Odd(nn.Module):
+        """Its code holds sizes, so a cut leaves a graph."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(48, 64), nn.Linear(64, 48)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    model = Odd().eval()
+    graph = torch.export.export(model, (torch.randn(3, 48),)).module()
+    masked = pruned(model=model)
+    graph.load_state_dict(masked.module.state_dict())
+    module = sparse_module(graph, force=True, tokens=(4,))
+    assert kernels_of(module) == {"block_sparse"}
+    assert [n.op for n in module.graph.nodes if "product" in str(n.target)] == ["call_module"] * len(masked.plan.masks)
+    x = torch.randn(3, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), masked.module(x), **CLOSE)
+
+
+def test_what_is_no_linear_layer_is_listed_as_dense():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    result = pruned("unstructured", model.eval(), torch.randn(2, 3, 6, 6))
+    rows = {row.name: row.reason for row in result.report.kernels}
+    assert "no linear layer" in rows["0.weight"] and "no CUDA" in rows["4.weight"]
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(result(x), result.module(x))
+
+
+# ---- what the gate says
+
+
+def judge(tmp_path, times, **options) -> Gate:
+    """A gate on a slow device that needs `times[tokens]` microseconds for a sparse product, and 30 for a dense one."""
+
+    def measure(kernel, packed, weight, tokens):
+        return Measurement(30.0, times[tokens], kernel.configs(packed, tokens)[0])
+
+    return Gate("cpu", Table(tmp_path, "test"), measure=measure, roof=Roof(1e9, 1e10, 0.0), **options)
+
+
+def test_each_number_of_tokens_has_a_measured_answer(tmp_path):
+    result = pruned()
+    module = lower(result, "triton", gate=judge(tmp_path, {1: 10.0, 2: 28.0}), tokens=(2, 1))
+    for layer in module.sparse_layers:
+        few, many = layer.decisions
+        assert (few.tokens, few.path, few.sparse_us) == (1, "block_sparse", 10.0) and few.config
+        assert (many.tokens, many.path, many.sparse_us) == (2, "dense", 28.0) and "1.07x of dense, 1.10x is asked for" in many.reason
+    x = torch.randn(2, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([module(x[:1]), module(x[1:])]), result.module(x), **CLOSE)
+    from graphprune.report import KernelChoice
+
+    shown = str(Report(result.report.before, result.report.after, kernels=KernelChoice.of(module.sparse_layers)))
+    assert "block_sparse" in shown and "3.00x" in shown and "10.0 us" in shown
+
+
+def test_the_library_is_asked_for_many_tokens_of_2_to_4_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())  # it takes CUDA tensors only
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 64)).to(torch.bfloat16)
+    result = pruned("2:4", model, torch.randn(3, 256).bfloat16(), targets="0")
+    module = lower(result, "triton", gate=judge(tmp_path, {1: 20.0, 2048: 20.0}), tokens=(1, 2048))
+    assert [d.path for d in module.sparse_layers[0].decisions] == ["two_four", "two_four_library"]
+    x = torch.randn(2, 256).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), result.module(x))
+
+
+def test_wrong_options_are_named():
+    model = Mlp()
+    with pytest.raises(InvalidInput, match="force names a kernel, one of block_sparse"):
+        sparse_module(model, force="csr")
+    with pytest.raises(InvalidInput, match="each at least 1, found"):
+        sparse_module(model, tokens=())
+
+
+# ---- the command line
+
+
+def test_prune_writes_zeros_into_an_onnx_file_and_keeps_its_names(tmp_path):
+    onnx_mlp(tmp_path / "in.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).normal(size=(8, 48)).astype(np.float32))
+    shown = call(
+        "prune", tmp_path / "in.onnx", "-o", tmp_path / "out.onnx", "--sparsity", "0.5", "--pattern", "block:16x16", "--backend", "triton",
+        "--targets", "up", "--targets", "down", "--recipe", "wanda", "--calibration", tmp_path / "data.npz", "--report", tmp_path / "report.html",
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert "no CUDA device" in shown.stdout and "certificate  passed" in shown.stdout
+    assert "How products with zeros in their weights run" in (tmp_path / "report.html").read_text()
+    before, after = (onnx.load(tmp_path / name) for name in ("in.onnx", "out.onnx"))
+    assert [(it.name, it.dims) for it in before.graph.initializer] == [(it.name, it.dims) for it in after.graph.initializer]
+    assert [it.name for it in before.graph.node] == [it.name for it in after.graph.node]
+    for old, new in zip(before.graph.initializer, after.graph.initializer):
+        old, new = numpy_helper.to_array(old), numpy_helper.to_array(new)
+        tiles = [(new[i : i + 16, j : j + 16] != 0).any() for i in range(0, old.shape[0], 16) for j in range(0, old.shape[-1], 16) if old.ndim == 2]
+        assert old.ndim == 1 or (sum(tiles) == 8 and np.array_equal(new[new != 0], old[new != 0]))
+    assert onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": np.ones((1, 48), np.float32)})[0].shape == (1, 48)
+
+
+def test_prune_writes_zeros_into_a_checkpoint(tmp_path):
+    llama().save_pretrained(tmp_path / "in")
+    shown = call("prune", tmp_path / "in", "-o", tmp_path / "out", "--sparsity", "0.5", "--pattern", "2:4", "--backend", "triton", "--json")
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.stdout)["kernels"]
+    assert len(rows) == 3 * 14 and {row["path"] for row in rows} == {"dense"}
+    module = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    weight = module.model.layers[0].mlp.up_proj.weight
+    assert ((weight.reshape(64, 8, 4) == 0).sum(-1) == 2).all() and module.lm_head.weight.all()
+    assert kernels_of(sparse_module(module, force=True, tokens=(1,))) == {"two_four"}
