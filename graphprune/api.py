@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.calibration import reread
+from graphprune.calibration import noise, reread
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
@@ -25,9 +25,10 @@ from graphprune.measure import interleaved
 from graphprune.plan import Plan
 from graphprune.program import Program, Value
 from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
-from graphprune.report import Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
+from graphprune.report import Footprint, Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
 from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
+from graphprune.trials import Trials, paired
 from graphprune.units import DEFAULT_UNITS
 from graphprune.verify.certificate import Certificate, certify
 
@@ -119,7 +120,21 @@ def plan(
     from graphprune.planning import make_plan
 
     program = capture(model, example_inputs, kwargs, dynamic_shapes)
-    return Plan.of(program, remove) if remove is not None else make_plan(program, **_known(make_plan, planning))
+    if remove is not None:
+        return Plan.of(program, remove)
+    planning = {"measure": _trials(program, calibration_data=planning.get("calibration_data")), **planning}
+    return make_plan(program, **_known(make_plan, planning))
+
+
+def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
+    """Candidates as `_latency` times them: the way the report does."""
+
+    def latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[float, float] | None:
+        sizes = Report(Footprint(0, 0, 0), Footprint(0, 0, 0))  # of no interest here
+        place = str(device) if device is not None else None
+        return _latency(Result(program, pruned, Plan(), sizes, None, backend, module, None, place), paired)
+
+    return Trials(program, latency, **given)
 
 
 def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     known = set(inspect.signature(function).parameters)
     unknown = set(given) - known
     if unknown:
-        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {', '.join(sorted(known - {'program'}))}")
+        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {', '.join(sorted(known - {'program', 'measure'}))}")
     return dict(given)
 
 
@@ -307,12 +322,13 @@ MEASURE_SECONDS = 0.5
 def _latency(result: Result) -> tuple[Latency, Latency] | None:
     """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else as a torch module.
 
-    None where that does not run it.
+    None where that does not run it. `timed` takes the place of `_timed`.
     """
     from graphprune.capture.torch_export import evaluating
 
     program, module, source = result.program, result._module, result.program.source
     if module is None or result.backend == "onnxruntime":
+    timed = timed or _timed
         place = result.device if result.backend == "onnxruntime" and result.device else "cpu"
         try:
             from graphprune.backends.onnxruntime import OnnxRuntimeModel
@@ -325,7 +341,7 @@ def _latency(result: Result) -> tuple[Latency, Latency] | None:
             return None
         inputs = [x for x in program.example_inputs if isinstance(x, Tensor)]
         where = "cpu, 1 thread" if place == "cpu" else place
-        return _timed([lambda run=run: run(*inputs) for run in runs], torch.device(place).type, where, "onnxruntime")  # type: ignore[misc]
+        return timed([lambda run=run: run(*inputs) for run in runs], torch.device(place).type, where, "onnxruntime")  # type: ignore[misc]
     device = next((v.tensor.device for v in program.weights.values()), torch.device("cpu"))
     if device.type == "meta":
         return None
@@ -334,7 +350,7 @@ def _latency(result: Result) -> tuple[Latency, Latency] | None:
     if result.backend == "triton":
         module = result.runner
     with evaluating(source.module), evaluating(module), torch.no_grad():
-        return _timed([lambda m=m: m(*source.args, **source.kwargs) for m in (original, module)], device.type, where, result.backend)  # type: ignore[misc]
+        return timed([lambda m=m: m(*source.args, **source.kwargs) for m in (original, module)], device.type, where, result.backend)  # type: ignore[misc]
 
 
 def _timed(calls: Sequence[Callable[[], Any]], device: str, where: str, backend: str) -> tuple[Latency, Latency]:
@@ -440,7 +456,9 @@ def compile(
     Args:
         pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`; in [0, 1).
         budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
-            the ratio is the most any group loses.
+            the ratio is the most any group loses. Two are met by building and measuring candidates: `{"latency_ms": 5.0}` (or "60%" of
+            what the network takes now), and `{"accuracy_drop": 0.01}`, the largest cut under which `metric` falls by no more than that.
+        metric: `metric(module) -> float`, higher is better; of the result and of the original, for the report and for `accuracy_drop`.
         units: kinds of units that may go, of `graphprune.units.UNITS`.
         recipe: a published method by name (`graphprune.recipes()`), or a `Recipe`; then importance, scope and repair are its own.
         sparsity, pattern: zeros inside tensors in place of removed units: "unstructured", "2:4" (kept:of), "block:64x64".
@@ -456,8 +474,6 @@ def compile(
     from graphprune.planning import make_masks, make_plan
     from graphprune.recipes import recipe_of
 
-    if metric is not None:
-        raise InvalidInput(f"metric={metric!r}: the accuracy_drop budget is not implemented yet")
     method = recipe_of(recipe) if recipe is not None else None
     sparse = method.sparse if method is not None else sparsity is not None or pattern is not None
     if method is not None:
@@ -475,7 +491,8 @@ def compile(
         raise InvalidInput(f"recipe {method.name!r} removes units; it takes a pruning_ratio, no sparsity or pattern")  # type: ignore[union-attr]
     if pruning_ratio is None and budget is None and not repair and not sparse:
         repair = DATA_FREE
-    check_repairs(repair, calibration_data)
+    noisy = method.noise if method is not None and calibration_data is None else 0
+    check_repairs(repair, () if noisy else calibration_data)
     if on_unknown not in ("freeze", "raise"):
         raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
     model = placed(model, device, backend)
@@ -492,7 +509,9 @@ def compile(
         import itertools
 
         calibration_data = list(itertools.islice(calibration_data, num_samples))
-    calibration_data, solved = reread(calibration_data), None
+    calibration_data, solved = noise(program, noisy, seed) if noisy else reread(calibration_data), None
+    trials = _trials(program, backend, device, metric=metric, repair=repair, calibration_data=calibration_data)
+    dense = trials.dense if metric is not None else None  # before anything is changed in place
     with clock("plan"):
         if sparse:
             made, solved = make_masks(
@@ -517,10 +536,14 @@ def compile(
                 seed=seed,
             )
     result = _apply(
+                measure=trials,
         program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device
     )  # fmt: skip
     result.report = replace(
         result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
+    if dense is not None:
+        name = getattr(metric, "__name__", "metric")
+        result.report = replace(result.report, quality={"metric" if name == "<lambda>" else name: (dense, trials.quality(result.module))})
     )
     return result
 

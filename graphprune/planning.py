@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graphprune.allocation import Candidate, Local, Selection, allocate, one_per_product, removals, rounding, scope_of
+from graphprune.allocation import (
+    Candidate, Local, Measure, Measured, Selection, allocate, one_per_product, removals, rounding, scope_of, split,
+)  # fmt: skip
 from graphprune.analysis import Analysis
 from graphprune.calibration import Statistics
 from graphprune.errors import InvalidInput, NothingToPrune
@@ -48,6 +50,7 @@ def make_plan(
     loss: Callable[..., Any] | None = None,
     remove: Mapping[str, Iterable[int]] | None = None,
     seed: int = 0,
+    measure: Measure | None = None,
 ) -> Plan:
     """Decide which units go.
 
@@ -55,7 +58,7 @@ def make_plan(
         pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`, where the last pattern that matches counts, "*"
             stands for all others and a group that no pattern matches stays whole. In [0, 1); rounding keeps more, never less.
         budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
-            the ratio is the most that any group loses.
+            the ratio is the most that any group loses. Measured: `latency_ms` (5.0, or "60%") and `accuracy_drop` (0.01, of the metric).
         units: kinds that may go; where a network has none of the default ones, they give way to `ssm_head`, then `hidden`. Of groups that
             multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
         importance: a name of `IMPORTANCES`, an `Importance`, or a callable `group -> scores`.
@@ -63,6 +66,7 @@ def make_plan(
         ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`.
         remove: explicit units by group name; then nothing else decides.
         loss: `loss(output)` or `loss(output, batch)`, for gradient scores.
+        measure: builds candidates and measures them, for the budgets `latency_ms` and `accuracy_drop`; `compile` brings it.
 
     Raises:
         InvalidInput: an argument is not what it must be.
@@ -106,10 +110,18 @@ def make_plan(
     asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
     if not candidates and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
-    removed = allocate(analysis, candidates, rivals, budget)
+    sizes, timed = split(budget)
+    measured = Measured(timed, measure) if timed else None
+    if hasattr(rivals, "search"):
+        if measured is not None:
+            raise InvalidInput(f"budget {next(iter(timed))}: this recipe searches by itself; give it a pruning_ratio or a budget of sizes")
+        removed = rivals.search(candidates, budget, statistics)
+    else:
+        removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
-    plan = Plan.of(program, removed, repair, _settings(locals()))
+    settings = _settings(locals()) | ({"measured": {k: list(v) for k, v in measured.found.items()}} if measured is not None else {})
+    plan = Plan.of(program, removed, repair, settings)
     Cut(analysis, plan.removed)  # states the constraints a second time, by its own code
     log.debug("%s", plan)
     return plan

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from graphprune.allocation.measured import MEASURED, Measured
 from graphprune.analysis import Analysis
 from graphprune.branches import Branch
 from graphprune.costs import Cost, CostModel, SizeOf
@@ -128,7 +129,7 @@ BUDGETS: dict[str, Callable[[Cost], float]] = {
 
 def _measure(name: str) -> Callable[[Cost], float]:
     if name not in BUDGETS:
-        raise InvalidInput(f"no budget is named {name!r}; known are {', '.join(BUDGETS)}")
+        raise InvalidInput(f"no budget is named {name!r}; known are {', '.join((*BUDGETS, *MEASURED))}")
     return BUDGETS[name]
 
 
@@ -174,9 +175,16 @@ class Candidate:
 
 
 def allocate(
-    analysis: Analysis, candidates: Sequence[Candidate], scope: Scope, budget: Mapping[str, Any] | None = None
+    analysis: Analysis,
+    candidates: Sequence[Candidate],
+    scope: Scope,
+    budget: Mapping[str, Any] | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, np.ndarray]:
     """Units to remove, by group name, sorted; groups that stay whole are left out. Equal scores go in the order of groups and units.
+
+    Args:
+        budget: what sizes answer; measured: what has to be measured.
 
     Raises:
         BudgetNotMet: the smallest network that the candidates allow costs more.
@@ -189,14 +197,20 @@ def allocate(
         for i, (c, order) in enumerate(zip(candidates, orders))
         for count in c.removals
     ]
-    if budget is None:
+    if budget is None and measured is None:
         steps = [s for s in steps if s[0] <= (candidates[s[1]].ratio or 0.0) + _SLACK]
     steps = _possible(analysis, candidates, sorted(steps))
-    if budget is None:
-        counts = _counts(candidates, steps)
-    else:
-        counts = _within(model, candidates, steps, limits_of(budget, model.cost({})))
-    return {c.group.name: np.sort(order[:count]) for c, order, count in zip(candidates, orders, counts) if count}
+
+    def removed(counts: Sequence[int]) -> dict[str, np.ndarray]:
+        return {c.group.name: np.sort(order[:count]) for c, order, count in zip(candidates, orders, counts) if count}
+
+    limits = limits_of(budget, model.cost({})) if budget is not None else {}
+    if measured is not None:
+        least = _shortest(model, candidates, steps, limits) if limits else 0
+        count = measured.prefix(lambda n: removed(_counts(candidates, steps[:n])), least, len(steps))
+        if count > least or not limits:
+            return removed(_counts(candidates, steps[:count]))
+    return removed(_within(model, candidates, steps, limits) if limits else _counts(candidates, steps))
 
 
 def _unit_cost(model: CostModel) -> Callable[[Group], Cost]:
@@ -271,21 +285,26 @@ def _counts(candidates: Sequence[Candidate], steps: Sequence[Step]) -> list[int]
     return counts
 
 
-def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> list[int]:
-    """Numbers of removed units under which every limit holds, and would not hold with any one step less."""
+def _kept(candidates: Sequence[Candidate], counts: Sequence[int]) -> dict[Any, int]:
+    return {c.group.atom: c.group.size - count for c, count in zip(candidates, counts) if count}
 
-    def kept(counts: Sequence[int]) -> dict[Any, int]:
-        return {c.group.atom: c.group.size - count for c, count in zip(candidates, counts) if count}
 
-    def met(cost: Cost) -> bool:
-        return all(BUDGETS[name](cost) <= limit * (1 + 1e-12) for name, limit in limits.items())
+def _met(cost: Cost, limits: Mapping[str, float]) -> bool:
+    return all(BUDGETS[name](cost) <= limit * (1 + 1e-12) for name, limit in limits.items())
 
+
+def _shortest(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> int:
+    """How many steps, in order, it takes until every limit holds.
+
+    Raises:
+        BudgetNotMet: all of them do not suffice.
+    """
     dense = model.cost({})
-    if met(dense):
+    if _met(dense, limits):
         log.warning("the budget is met by the network as it is; nothing is removed")
-        return [0] * len(candidates)
-    smallest = model.cost(kept(_counts(candidates, steps)))
-    if not met(smallest):
+        return 0
+    smallest = model.cost(_kept(candidates, _counts(candidates, steps)))
+    if not _met(smallest, limits):
         worst = "; ".join(
             f"{name} {_amount(limit)} of {_amount(BUDGETS[name](dense))} was asked for, {_amount(BUDGETS[name](smallest))} is the smallest "
             "that units, ratio, round_to, min_keep and ignore allow"
@@ -296,13 +315,19 @@ def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[S
     low, high = 0, len(steps)  # steps[:high] meets the budget, steps[:low] does not
     while high - low > 1:
         middle = (low + high) // 2
-        if met(model.cost(kept(_counts(candidates, steps[:middle])))):
+        if _met(model.cost(_kept(candidates, _counts(candidates, steps[:middle]))), limits):
             high = middle
         else:
             low = middle
+    return high
+
+
+def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> list[int]:
+    """Numbers of removed units under which every limit holds, and would not hold with any one step less."""
+    high = _shortest(model, candidates, steps, limits)
     taken = list(steps[:high])
     counts = _counts(candidates, taken)
-    now = kept(counts)
+    now = _kept(candidates, counts)
     cost = model.cost(now)
     earlier: dict[tuple[int, int], int] = {}  # (candidate, count) -> count one step before
     last = [0] * len(candidates)
@@ -318,7 +343,7 @@ def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[S
         before = price(now)
         now[group.atom] = group.size - less
         changed = cost - before + price(now)
-        if met(changed):
+        if _met(changed, limits):
             cost, counts[i] = changed, less
         else:
             now[group.atom] = group.size - count

@@ -1,0 +1,82 @@
+"""How bad a cut would be, without making it: the masked network on calibration data, by a loss or against the dense outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from graphprune.analysis import Analysis
+from graphprune.calibration import Statistics
+from graphprune.calibration.batches import Batch, batches
+from graphprune.calibration.statistics import structured
+from graphprune.calibration.taps import features_last
+from graphprune.execute.interpreter import run
+from graphprune.program import Value
+from graphprune.surgery.cut import Cut
+from graphprune.verify.masking import run_masked
+
+Tensors = Callable[[Mapping[str, Iterable[int]]], Mapping[Value, Tensor]]  # candidate -> weights in place of the program's own
+
+
+class Masked:
+    """An evaluator of candidates: mean over batches, in float32, lower is better.
+
+    Args:
+        statistics: of the program: its data, and its loss where `by` is "loss".
+        by: "divergence", see there; or "loss", that of the user, of the model or of the next token, and divergence where there is none.
+        limit: at most so many batches.
+        tensors: what a candidate's kept weights become.
+    """
+
+    def __init__(self, statistics: Statistics, by: str = "divergence", limit: int | None = None, tensors: Tensors | None = None) -> None:
+        self.statistics, self.program, self.by, self.tensors = statistics, statistics.program, by, tensors
+        self.analysis: Analysis = self.program.analysis
+        self.batches: list[Batch] = []
+        for batch in batches(self.program, statistics.data):
+            if limit is not None and len(self.batches) >= limit:
+                break
+            self.batches.append(batch)
+        self.dense = [run(self.program, inputs, dtype=torch.float32) for inputs, _ in self.batches]
+        if by == "loss" and self._loss(self.dense[0], *self.batches[0]) is None:
+            self.by = "divergence"
+
+    def __call__(self, removed: Mapping[str, Iterable[int]]) -> float:
+        cut = Cut(self.analysis, removed)
+        tensors = self.tensors(removed) if self.tensors is not None else None
+        found = []
+        with torch.no_grad():
+            for i, (inputs, item) in enumerate(self.batches):
+                outputs = run_masked(self.program, cut, inputs, torch.float32, tensors)
+                if self.by == "divergence":
+                    found.append(divergence(self.dense[i], outputs))
+                else:
+                    found.append(float(self._loss(outputs, inputs, item)))
+        return math.fsum(found) / len(found)
+
+    def _loss(self, outputs: list[Any], inputs: list[Any], item: Any) -> Any:
+        return self.statistics.task_loss(structured(self.program, outputs), inputs, item)
+
+
+def divergence(dense: Any, pruned: Any) -> float:
+    """How far outputs are from those of the dense network: summed over all floating-point outputs.
+
+    Kullback-Leibler divergence of the softmax over the features, mean over places, where there are features to choose from (logits); the
+    squared error relative to the dense output where there is one number per place.
+    """
+    total = 0.0
+    for a, b in zip(pytree.tree_leaves(dense), pytree.tree_leaves(pruned)):
+        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.dim() or not a.numel():
+            continue
+        a, b = features_last(a).float(), features_last(b).float()
+        if a.shape[-1] > 1:
+            p, q = (x.flatten(0, -2).log_softmax(-1) for x in (a, b)) if a.dim() > 1 else (x[None].log_softmax(-1) for x in (a, b))
+            total += float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
+        else:
+            total += float((a - b).square().sum() / a.square().sum().clamp_min(1e-30))
+    return total

@@ -1,0 +1,149 @@
+"""Depth: how much a branch or block turns the stream, and the recipes that remove those that turn it least."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.blocks import stages
+from graphprune.calibration import Similarity, Statistics
+from graphprune.errors import BudgetNotMet, InvalidInput
+from graphprune.importance.depth import angular_distance, block_influence
+from graphprune.recipes import RECIPES
+from graphprune.verify.candidates import Masked
+from tests.randomise import seeded
+from tests.zoo import TINY, Decoder, SwiGLU
+
+
+def decoder(layers: int = 5, faint: dict[int, float] | None = None) -> tuple[nn.Module, list[Tensor]]:
+    """A decoder whose blocks named in `faint` add that much of what they compute."""
+    with seeded(0):
+        model = Decoder(lambda hidden: SwiGLU(hidden, 50), layers=layers).eval()
+        data = [torch.randint(0, 61, (2, 9)) for _ in range(3)]
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            scale = (faint or {}).get(i, 3.0)
+            for weight in (block.attention.o.weight, block.mlp.down.weight):
+                weight.mul_(scale)
+    return model, data
+
+
+def blocks_gone(result) -> set[int]:
+    return {int(name.split(".")[1]) for name in result.plan.entries}
+
+
+# ---- scores
+
+
+def test_an_angle_is_a_fraction_of_half_a_turn():
+    a = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    b = torch.tensor([[0.9, math.sqrt(1 - 0.81)]], dtype=torch.float64)
+    found = Similarity()
+    found.update(a, b)
+    assert found.angle == pytest.approx(0.143566, abs=1e-6) and found.cosine == pytest.approx(0.9)
+
+
+def test_influence_and_angle_of_branches_are_those_of_hooks():
+    model, data = decoder(3)
+    seen: dict[str, list[Tensor]] = {}
+
+    def hook(name):
+        return lambda module, args, output: seen.setdefault(name, []).append((args[0], output))
+
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(hook(i))
+    with torch.no_grad():
+        for ids in data:
+            model(ids)
+    program = gp.capture(model, data[0])
+    statistics = Statistics(program, data)
+    for stage, i in zip(stages(program), range(3)):
+        cosine = torch.cat([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in seen[i][: len(data)]])
+        assert statistics.observed("stages")[stage.end].cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
+    for group in (g for g in program.groups if g.kind == "layer"):
+        influence, angle = block_influence.score(group, statistics), angular_distance.score(group, statistics)
+        assert influence.shape == (1,) and 0 < float(influence) < 2 and 0 < float(angle) < 1
+
+
+def test_a_score_of_branches_is_of_nothing_else():
+    model, data = decoder(2)
+    program = gp.capture(model, data[0])
+    group = next(g for g in program.groups if g.kind == "neuron")
+    with pytest.raises(InvalidInput, match="whole branches"):
+        block_influence.score(group, Statistics(program, data))
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("ratio, gone", [(0.2, {3}), (0.4, {1, 3}), (0.59, {1, 3})])
+def test_shortgpt_removes_whole_blocks_of_least_influence(ratio, gone):
+    model, data = decoder(5, {1: 0.02, 3: 0.01})
+    result = gp.compile(model, data[0], recipe="shortgpt", pruning_ratio=ratio, calibration_data=data)
+    assert blocks_gone(result) == gone
+    assert len(result.plan.entries) == 2 * len(gone) and result.certificate.status == "passed"
+
+
+def test_shortgpt_by_budget_removes_as_few_blocks_as_suffice():
+    model, data = decoder(5, {1: 0.02, 3: 0.01})
+    result = gp.compile(model, data[0], recipe="shortgpt", budget={"params": "75%"}, calibration_data=data, verify=False)
+    assert blocks_gone(result) == {1, 3} and result.report.after.params <= 0.75 * result.report.before.params
+    with pytest.raises(BudgetNotMet, match="one has to stay"):
+        gp.compile(model, data[0], recipe="shortgpt", budget={"params": "1%"}, calibration_data=data, verify=False)
+
+
+def test_a_run_is_that_between_whose_ends_the_stream_turns_least():
+    model, data = decoder(5, {0: 0.01, 2: 0.05, 3: 0.05})
+    result = gp.compile(model, data[0], recipe="angular", pruning_ratio=0.4, calibration_data=data, verify=False)
+    assert blocks_gone(result) == {2, 3}  # block 0 turns least by itself, but its neighbour turns much
+    alone = gp.compile(model, data[0], recipe="angular", pruning_ratio=0.2, calibration_data=data, verify=False)
+    assert blocks_gone(alone) == {0}
+
+
+def test_blockpruner_takes_the_branch_whose_loss_is_least_each_time():
+    model, data = decoder(3, {1: 0.05})
+    result = gp.compile(model, data[0], recipe="blockpruner", pruning_ratio=0.5, calibration_data=data)
+    program = gp.capture(model, data[0])
+    evaluate = Masked(Statistics(program, data), "loss")
+    names, gone = [g.name for g in program.groups if g.kind == "layer"], []
+    for _ in range(3):
+        losses = {name: evaluate(dict.fromkeys((*gone, name), (0,))) for name in names if name not in gone}
+        gone.append(min(losses, key=losses.get))
+    assert set(result.plan.entries) == set(gone) and result.certificate.status == "passed"
+    some = [evaluate(dict.fromkeys(pick, (0,))) for pick in itertools.combinations(names, 3)]
+    assert evaluate(result.plan.removed) <= sorted(some)[len(some) // 4]
+
+
+def test_blockpruner_with_the_users_loss():
+    model, data = decoder(3)
+    pairs = [(ids, ids.roll(-1, 1)) for ids in data]
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), batch[1].flatten())
+
+    result = gp.compile(model, data[0], recipe="blockpruner", pruning_ratio=0.34, calibration_data=pairs, loss=loss, verify=False)
+    program = gp.capture(model, data[0])
+    evaluate = Masked(Statistics(program, pairs, loss), "loss")
+    assert evaluate.by == "loss"
+    layers = [g.name for g in program.groups if g.kind == "layer"]
+    assert evaluate(result.plan.removed) <= min(evaluate({a: (0,), b: (0,)}) for a, b in itertools.pairwise(layers))
+
+
+def test_convnets_have_blocks_too():
+    case = TINY["resnet"]()
+    layers = [g for g in gp.capture(case.module, case.args).groups if g.kind == "layer"]
+    if len(layers) < 2:
+        pytest.skip("the tiny network has one branch that can go")
+    result = gp.compile(case.module, case.args, recipe="shortgpt", pruning_ratio=0.5, calibration_data=[case.args])
+    assert 1 <= len(result.plan.entries) < len(layers) and result.certificate.status == "passed"
+
+
+def test_depth_recipes_are_listed():
+    assert {"shortgpt", "angular", "blockpruner"} <= RECIPES.keys()
+    with pytest.raises(InvalidInput, match="needs calibration_data"):
+        gp.compile(*decoder(2), recipe="shortgpt")

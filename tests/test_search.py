@@ -1,0 +1,197 @@
+"""Search over levels: greedy, exchange, annealing and the exact integer program, against brute force; evaluation without surgery."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import graphprune as gp
+from graphprune.allocation.search import (
+    Annealing,
+    Evaluated,
+    Exchange,
+    Ladder,
+    Quadratic,
+    Remembered,
+    cheapest,
+    greedy,
+    removed,
+)
+from graphprune.calibration import Statistics
+from graphprune.errors import BudgetNotMet, InvalidInput
+from graphprune.execute.interpreter import run
+from graphprune.surgery import Cut, apply_cut
+from graphprune.verify.candidates import Masked, divergence
+from tests.zoo import TINY
+
+
+def ladders(sizes, rivals=""):
+    return [Ladder(f"g{i}", tuple(tuple(range(n)) for n in range(size)), rivals) for i, size in enumerate(sizes)]
+
+
+def separable(table):
+    """An evaluator that adds up a loss per group and number of removed units."""
+    return lambda units: sum(row[len(units.get(f"g{i}", ()))] for i, row in enumerate(table))
+
+
+# ---- greedy
+
+
+def test_greedy_climbs_the_cheapest_rung_and_counts_its_evaluations():
+    table = [[0, 5, 6], [0, 1, 9], [0, 2, 3]]
+    evaluate = Remembered(separable(table))
+    state = greedy(ladders([3, 3, 3]), evaluate, lambda s: sum(s) == 3)
+    assert state == (0, 1, 2)  # 1, then 2, then 3 - 2
+    assert len(evaluate.seen) <= 9
+
+
+def test_greedy_says_when_nothing_is_left():
+    with pytest.raises(BudgetNotMet, match="everything that units"):
+        greedy(ladders([2, 2]), separable([[0, 1], [0, 1]]), lambda s: sum(s) == 3)
+    assert greedy(ladders([2, 2]), separable([[0, 1], [0, 2]]), lambda s: sum(s) == 1, lambda s: s[0] == 0) == (0, 1)
+
+
+# ---- exchange
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exchange_keeps_every_total_and_finds_the_best(seed):
+    random = np.random.default_rng(seed)
+    table = np.sort(random.random((5, 5)) * np.arange(5), 1).tolist()
+    rows = [Ladder(row.name, row.rungs, "a" if i < 3 else "b") for i, row in enumerate(ladders([5] * 5))]
+    evaluate, start = separable(table), (2, 2, 2, 2, 2)
+    search = Exchange(generations=20, offspring=16, survivors=(1,))
+    found = search(rows, start, [evaluate], seed)
+    assert sum(found[:3]) == 6 and sum(found[3:]) == 4
+    every = [s for s in itertools.product(range(5), repeat=5) if sum(s[:3]) == 6 and sum(s[3:]) == 4]
+    assert evaluate(removed(rows, found)) == pytest.approx(min(evaluate(removed(rows, s)) for s in every))
+    assert search(rows, start, [evaluate], seed) == found
+
+
+def test_exchange_never_gets_worse_and_passes_children_through_stages():
+    calls = {"coarse": 0, "fine": 0}
+    table = [[0, 1, 4, 9], [0, 1, 2, 3], [0, 3, 6, 9]]
+
+    def counted(name):
+        def evaluate(units):
+            calls[name] += 1
+            return separable(table)(units)
+
+        return evaluate
+
+    start = (1, 1, 1)
+    found = Exchange(generations=5, offspring=6, survivors=(2, 1))(ladders([4, 4, 4]), start, [counted("coarse"), counted("fine")])
+    assert separable(table)(removed(ladders([4] * 3), found)) <= separable(table)(removed(ladders([4] * 3), start))
+    assert calls["fine"] < calls["coarse"] + 5
+    assert Exchange()(ladders([4]), (2,), [separable([[0, 1, 2, 3]])]) == (2,)  # nobody to exchange with
+    forbidden = Exchange(generations=3, offspring=4, survivors=(1,))(ladders([4, 4]), (1, 1), [separable(table)], 0, lambda s: s == (1, 1))
+    assert forbidden == (1, 1)
+
+
+# ---- annealing
+
+
+def energies(matrix, size):
+    n = len(matrix)
+    for members in itertools.combinations(range(n), size):
+        x = np.isin(np.arange(n), members).astype(float)
+        yield x @ matrix @ x
+
+
+@given(st.integers(0, 10_000), st.integers(3, 9))
+@settings(max_examples=25, deadline=None)
+def test_changes_of_a_quadratic_are_those_of_its_values(seed, n):
+    random = np.random.default_rng(seed)
+    matrix = random.normal(size=(n, n))
+    matrix = matrix + matrix.T
+    chosen = np.arange(n) < n // 2
+    energy = Quadratic(matrix, chosen)
+    for _ in range(6):
+        i, j = random.choice(np.flatnonzero(energy.chosen)), random.choice(np.flatnonzero(~energy.chosen))
+        before, change = energy.chosen.astype(float), energy.change(i, j)
+        energy.exchange(i, j)
+        after = energy.chosen.astype(float)
+        assert change == pytest.approx(after @ matrix @ after - before @ matrix @ before, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_annealing_finds_the_best_set_of_its_size(seed):
+    random = np.random.default_rng(seed)
+    matrix = random.normal(size=(10, 10))
+    matrix = (matrix + matrix.T) / 2
+    start = np.arange(10) < 4
+    found = Annealing(sweeps=4)(Quadratic(matrix, start), start, seed)
+    assert found.sum() == 4 and start.sum() == 4 and start[:4].all()
+    assert found @ matrix @ found == pytest.approx(min(energies(matrix, 4)))
+    assert np.array_equal(found, Annealing(sweeps=4)(Quadratic(matrix, start), start, seed))
+    by_values = Evaluated(lambda x: float(x @ matrix @ x), start)
+    assert np.array_equal(found, Annealing(sweeps=4)(by_values, start, seed))
+
+
+# ---- separable
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_the_integer_program_is_brute_force(seed):
+    random = np.random.default_rng(seed)
+    losses = [random.random(k).tolist() for k in (3, 4, 2, 3)]
+    costs = {"params": [random.integers(1, 1000, len(row)).tolist() for row in losses], "ms": [random.random(len(row)).tolist() for row in losses]}
+    limits = {"params": 1800.0, "ms": 2.0}
+
+    def total(table, state):
+        return sum(row[level] for row, level in zip(table, state))
+
+    allowed = [s for s in itertools.product(*(range(len(row)) for row in losses)) if all(total(costs[k], s) <= limits[k] for k in limits)]
+    if not allowed:
+        with pytest.raises(BudgetNotMet):
+            cheapest(losses, costs, limits)
+        return
+    found = cheapest(losses, costs, limits)
+    assert found in allowed
+    assert total(losses, found) == pytest.approx(min(total(losses, s) for s in allowed), abs=1e-6)
+
+
+def test_an_integer_program_without_answer_says_what_is_short():
+    with pytest.raises(BudgetNotMet, match=r"macs 5 \(at least 7 alone\)"):
+        cheapest([[1.0, 2.0], [1.0]], {"macs": [[4, 3], [4]]}, {"macs": 5})
+    with pytest.raises(InvalidInput, match="at least one level"):
+        cheapest([[1.0], []], {}, {})
+
+
+# ---- candidates
+
+
+def test_a_candidate_that_is_no_number_is_the_worst():
+    evaluate = Remembered(lambda units: math.nan)
+    assert evaluate({"g0": (0,)}) == math.inf
+
+
+@pytest.mark.parametrize("name", ["resnet", "gqa", "vit"])
+def test_candidates_are_judged_as_their_surgery_is(name):
+    """What a masked run says of a cut is what the pruned network's outputs say."""
+    case = TINY[name]()
+    program = gp.capture(case.module, case.args)
+    evaluate = Masked(Statistics(program))
+    assert evaluate({}) == pytest.approx(0, abs=1e-6)
+    group = next(g for g in program.groups if g.kind in ("channel", "neuron") and g.exact.value == "exact" and g.size > 3)
+    units = {group.name: (0, 2)}
+    pruned = apply_cut(program, Cut(program.analysis, units))
+    inputs = list(program.example_inputs)
+    expected = divergence(run(program, inputs), run(pruned, inputs))
+    assert expected > 1e-6
+    assert evaluate(units) == pytest.approx(expected, rel=1e-3)
+
+
+def test_divergence_of_logits_and_of_numbers():
+    a, b = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    p = torch.softmax(a, -1)[0]
+    assert divergence([a], [b]) == pytest.approx(float((p * (p.log() - torch.softmax(b, -1)[0].log())).sum()))
+    assert divergence([torch.tensor([[2.0], [0.0]])], [torch.tensor([[1.0], [1.0]])]) == pytest.approx(0.5)
+    assert divergence([torch.tensor([1, 2])], [torch.tensor([2, 2])]) == 0
