@@ -319,7 +319,7 @@ def _apply(
 MEASURE_SECONDS = 0.5
 
 
-def _latency(result: Result) -> tuple[Latency, Latency] | None:
+def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:
     """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else as a torch module.
 
     None where that does not run it. `timed` takes the place of `_timed`.
