@@ -539,13 +539,13 @@ def compile(
                 measure=trials,
         program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device
     )  # fmt: skip
-    result.report = replace(
-        result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
     if dense is not None:
         name = getattr(metric, "__name__", "metric")
         result.report = replace(result.report, quality={"metric" if name == "<lambda>" else name: (dense, trials.quality(result.module))})
     )
     return result
+    result.report = replace(
+        result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
 
 
 def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
