@@ -30,7 +30,7 @@ from graphprune.surgery import apply_cut
 from graphprune.surgery.configs import checkpoint_config
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Workspace
-from graphprune.surgery.fallback import FREEDOMS, open_shapes
+from graphprune.surgery.fallback import FREEDOMS, open_shapes, shapes_for
 from graphprune.surgery.substitutes import substitute_for
 from graphprune.surgery.write_back import write_back
 
@@ -84,7 +84,7 @@ def exported(module: nn.Module, source: Any) -> ir.Model:
     Raises:
         CaptureError: it does not take the module.
     """
-    wanted: list[Any] = [source.dynamic_shapes]
+    wanted: list[Any] = [shapes_for(module, source.dynamic_shapes, source.args, source.kwargs)]
     if source.dynamic_shapes is None:  # as many axes open as the network takes
         wanted = []
         for freedom in FREEDOMS:

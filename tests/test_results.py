@@ -124,6 +124,40 @@ def test_edited_graph_comes_back(tmp_path):
     torch.testing.assert_close(gp.load(tmp_path / "out", Stubborn())(*arguments), result(*arguments))
 
 
+class Steps(nn.Module):
+    """As `Stubborn`, over any number of steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).view(x.shape[0], x.shape[1], 3, 8).relu().flatten(2))
+
+
+def test_an_edited_graph_is_cut_again_with_the_dynamic_shapes_of_the_user(tmp_path):
+    open_axes = ({0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("steps", min=2, max=64)},)
+    x, other = torch.randn(2, 5, 4), torch.randn(7, 11, 4)
+    first = gp.compile(Steps().eval(), x, pruning_ratio=0.3, round_to=1, dynamic_shapes=open_axes)
+    assert first.written.how == "graph"
+    first.save(tmp_path / "first")
+    again = gp.load(tmp_path / "first", Steps())
+    torch.testing.assert_close(again(other), first.module(other))
+    for shapes in (open_axes, {"x": open_axes[0]}):
+        second = gp.compile(again, x, pruning_ratio=0.3, round_to=1, dynamic_shapes=shapes)
+        assert second.report.certificate["status"] == "passed" and second.module(other).shape == (7, 11, 4)
+    for name, result in (("first.onnx", first), ("second.onnx", second)):
+        result.save(tmp_path / name)
+        sizes = onnx.load(tmp_path / name).graph.input[0].type.tensor_type.shape.dim
+        assert [d.dim_param for d in sizes] == ["batch", "steps", ""]
+
+
+def test_names_that_were_added_need_no_dynamic_shapes():
+    shapes = {"input_ids": {0: torch.export.Dim("batch", min=2, max=64)}}  # use_cache=False is given by the compiler
+    program = gp.capture(llama(), {"input_ids": IDS}, dynamic_shapes=shapes)
+    assert any(v.dynamic for node in program.walk() for v in node.outputs)
+
+
 def llama(**changes):
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)

@@ -43,6 +43,16 @@ _TRAINING_ARGUMENT = {  # op -> its argument that says whether the module trains
 _ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range")  # of sizes before the cut
 
 
+def shapes_for(module: nn.Module, shapes: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`dynamic_shapes` of the user's module as torch.export wants them of one that runs an edited graph: below `args` and `kwargs`."""
+    if shapes is None or not isinstance(module, EditedGraph) or (isinstance(shapes, Mapping) and {*shapes} & {"args", "kwargs"}):
+        return shapes
+    names = list(module._signature.parameters)
+    by_name = dict(shapes) if isinstance(shapes, Mapping) else dict(zip(names, shapes))
+    nested = {"args": tuple(by_name.get(name) for name, _ in zip(names, args)), "kwargs": {name: by_name.get(name) for name in kwargs}}
+    return {kind: specs for kind, specs in nested.items() if specs}
+
+
 class EditedGraph(nn.Module):
     """Runs an edited graph with the weights of `shell`, a module of the same parameter names.
 
@@ -214,6 +224,8 @@ def _set(fx_node: fx.Node, name: str, value: Any) -> None:
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
+    if isinstance(module, EditedGraph):
+        return module._signature
     signature = inspect.signature(module.forward)
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return inspect.Signature(plain)
@@ -345,7 +357,8 @@ def open_shapes(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     specs = {n: pytree.tree_map(spec, v) for n, v in zip(names, values)}
     extra = {n: s for n, s in specs.items() if n not in signature.parameters}
     keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    return {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
+    found = {n: s for n, s in specs.items() if n in signature.parameters} | ({keywords: extra} if extra and keywords else {})
+    return shapes_for(module, found, args, kwargs)
 
 
 def rebound(program: Program, module: nn.Module) -> Program:
