@@ -326,9 +326,9 @@ def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:
     """
     from graphprune.capture.torch_export import evaluating
 
+    timed = timed or _timed
     program, module, source = result.program, result._module, result.program.source
     if module is None or result.backend == "onnxruntime":
-    timed = timed or _timed
         place = result.device if result.backend == "onnxruntime" and result.device else "cpu"
         try:
             from graphprune.backends.onnxruntime import OnnxRuntimeModel
@@ -534,18 +534,18 @@ def compile(
                 calibration_data=calibration_data,
                 loss=loss,
                 seed=seed,
+                measure=trials,
             )
     result = _apply(
-                measure=trials,
         program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device
     )  # fmt: skip
     if dense is not None:
         name = getattr(metric, "__name__", "metric")
         result.report = replace(result.report, quality={"metric" if name == "<lambda>" else name: (dense, trials.quality(result.module))})
-    )
-    return result
     result.report = replace(
         result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
+    )
+    return result
 
 
 def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
