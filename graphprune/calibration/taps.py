@@ -20,7 +20,7 @@ from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import Compute, run
 from graphprune.linear_maps import LinearMap, columns, linear_map, linear_maps
 from graphprune.program import Node, Program
-from graphprune.units import Role
+from graphprune.units import INNER_UNITS, Role
 
 log = logging.getLogger("graphprune")
 
@@ -103,7 +103,7 @@ def _projected(program: Program, store: Store) -> Mapping[Node, Observer]:
     """Of every unit that a linear map reads by several columns (heads): mean over tokens of ||W[:, unit] x[unit]||_1."""
     wide: dict[Any, list[Any]] = {}
     for group in program.analysis.groups:
-        for member in group.members:
+        for member in group.members if group.kind in INNER_UNITS else ():
             if member.role is Role.READER and member.index.shape[1] > 1:
                 wide.setdefault(member.value, []).append((group.name, member))
 

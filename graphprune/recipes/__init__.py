@@ -17,6 +17,7 @@ from graphprune.recipes import (
     magnitude,
     mrp,
     obspa,
+    prunenet,
     shortgpt,
     sparsegpt,
     taylor,
@@ -31,7 +32,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for module in (
         magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
-        cfsp, amp, obspa, tyr_local, adapt_pruner, shortgpt, blockpruner,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner,
     )
     for recipe in module.RECIPES
 }
