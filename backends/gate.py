@@ -196,7 +196,10 @@ class Gate:
         key = f"{kernel.name}@{_source(kernel)} {tuple(weight.shape)} {weight.dtype} density={density:.2f} tokens={tokens} {named}".strip()
         packed = None
         if (found := self.table.get(key)) is None:
-            packed = kernel.pack(weight, **options)
+            try:
+                packed = kernel.pack(weight, **options)
+            except RuntimeError as problem:  # a library that does not know the device, or no memory
+                return dense(f"the weight cannot be packed: {(str(problem).strip().splitlines() or ['no reason given'])[0]}")
             allowed = self.model(packed, tokens, weight.element_size())
             if allowed < self.margin:
                 return dense(f"the roofline allows {allowed:.2f}x, {self.margin:.2f}x is asked for", modelled=allowed)

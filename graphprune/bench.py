@@ -42,6 +42,54 @@ class Comparison:
         return tables.stack([tables.grid(("model", "median", "half of the runs"), rows), Text(line + where)])
 
 
+@dataclass(frozen=True)
+class Crossover:
+    """Where on a device a sparse kernel begins to beat the dense product."""
+
+    size: str  # rows x columns
+    device: str
+    rows: tuple[dict[str, Any], ...]
+
+    def __rich__(self) -> ConsoleRenderable:
+        cells = [
+            (
+                row["kernel"], f"{row['kept']:.0%}", str(row["tokens"]), _number(row["dense_us"]), _number(row["sparse_us"]),
+                f"{row['dense_us'] / row['sparse_us']:.2f}x" if row["sparse_us"] else "-", "sparse" if row["sparse"] else "dense",
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        table = tables.grid(("kernel", "kept", "tokens", "dense us", "sparse us", "speed-up", "gate"), cells)
+        return tables.stack([table, Text(f"weight {self.size}, bfloat16, on {self.device}; weights not in the cache, launched by CUDA graphs")])
+
+
+def _number(time: float | None) -> str:
+    return "-" if time is None else f"{time:.1f}"
+
+
+def crossover(size: str, tokens: Sequence[int], gate: Any = None) -> Crossover:
+    """Measure sparse kernels against dense for weights of "ROWSxCOLUMNS", by format, density and number of tokens.
+
+    Raises:
+        InvalidInput: the size cannot be read, or there is no CUDA device.
+    """
+    from graphprune.backends.gate import Gate
+    from graphprune.backends.triton import crossover as measured
+
+    rows, cross, columns = size.partition("x")
+    if not (cross and rows.isdigit() and columns.isdigit()):
+        raise InvalidInput(f"the size of a weight is rows x columns, as in 14336x4096, found {size!r}")
+    gate = gate or Gate()
+    found = [
+        {
+            "kernel": layer.name, "kept": layer.density, "tokens": it.tokens, "sparse": it.sparse,
+            "dense_us": it.dense_us, "sparse_us": it.sparse_us, "modelled": it.modelled, "reason": it.reason,
+        }
+        for layer in measured(int(rows), int(columns), tokens=tokens, gate=gate)
+        for it in layer.decisions
+    ]  # fmt: skip
+    return Crossover(size, gate.name, tuple(found))
+
+
 def compare(calls: Sequence[Callable[[], Any]], names: tuple[str, str], device: str, backend: str, seconds: float = 5.0) -> Comparison:
     """Run two models in turns for about `seconds`, at least 5 rounds.
 

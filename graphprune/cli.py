@@ -187,13 +187,27 @@ def verify(
 
 @verb("bench", "graphprune bench resnet50.onnx small.onnx --seconds 10")
 def bench(
-    a: In,
-    b: In,
+    a: Annotated[Path | None, typer.Argument(metavar="[A]", help="An .onnx file, or a folder with a Hugging Face checkpoint.")] = None,
+    b: Annotated[Path | None, typer.Argument(metavar="[B]", help="Another one of the same kind.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.")] = 5.0,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that each model may use.")] = 1,
+    crossover: Annotated[
+        str | None, typer.Option("--crossover", metavar="ROWSxCOLUMNS", help="No models: where do sparse kernels pay on this GPU?")
+    ] = None,
+    tokens: Annotated[str, typer.Option("--tokens", metavar="A,B", help="Numbers of tokens for --crossover.")] = "1,16,2048",
     talk: Talk = Talk(),  # noqa: B008
 ) -> None:
     """Time two models in turns on the CPU: ONNX files by ONNX Runtime, folders by PyTorch."""
+    if crossover is not None:
+        if a is not None or b is not None:
+            raise InvalidInput("--crossover measures kernels on random weights and takes no models")
+        with progress(talk, f"measuring {crossover}"):
+            from graphprune import bench
+
+            table = bench.crossover(crossover, _numbers(tokens, "--tokens"))
+        return show(talk, lambda: asdict(table), lambda: table)
+    if a is None or b is None:
+        raise InvalidInput("bench takes two models, as in graphprune bench before.onnx after.onnx, or --crossover ROWSxCOLUMNS")
     _exist(a, b)
     if a.is_dir() != b.is_dir():
         raise InvalidInput("an .onnx file and a folder are run by different runtimes, so their times do not compare; give two of a kind")
@@ -239,6 +253,13 @@ def demo(
 
         report = run(ratio, out)
     show(talk, report.to_json, lambda: report)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise InvalidInput(f"{option} takes positive numbers with commas between, found {text!r}")
+    return [int(word) for word in words]
 
 
 def _exist(*paths: Path) -> None:

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune as gp
+from graphprune import bench
 from graphprune.backends.base import lower
 from graphprune.backends.gate import Gate, Measurement, Roof, Table
-from graphprune.backends.triton import FusedSequential, Product, SparseLinear, sparse_module
+from graphprune.backends.triton import FORMATS, FusedSequential, Product, SparseLinear, random_weight, sparse_module
 from graphprune.errors import InvalidInput
-from graphprune.report import Report
+from graphprune.report import Report, tables
 from tests.randomise import seeded
 from tests.test_cli import call
 
@@ -315,7 +316,46 @@ def test_wrong_options_are_named():
         sparse_module(model, tokens=())
 
 
+def test_crossover_asks_for_every_format_density_and_number_of_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())  # it takes CUDA tensors only
+    asked: list = []
+
+    def measure(kernel, packed, weight, tokens):
+        asked.append((kernel.name, tokens))
+        return Measurement(30.0, 20.0 if tokens == 1 else 40.0, "tile")
+
+    found = bench.crossover("256x512", [1, 2], Gate("cpu", Table(tmp_path, "test"), measure=measure, roof=Roof(1e9, 1e10, 0.0)))
+    assert {row["kernel"] for row in found.rows} == set(FORMATS) == {name for name, _ in asked}
+    assert all(row["sparse"] == (row["tokens"] == 1) for row in found.rows if row["dense_us"] is not None)
+    assert [row["kept"] for row in found.rows if row["kernel"] == "block_sparse"][::2] == [0.7, 0.5, 0.3, 0.2, 0.1]
+    assert len({(row["kernel"], row["kept"], row["tokens"]) for row in found.rows}) == len(found.rows) == 26
+    shown = tables.plain(found)
+    assert "1.50x" in shown and "0.75x" in shown and "block_sparse" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_library_that_does_not_know_the_device_is_left_out(tmp_path):
+    weight = random_weight("two_four_library", 64, 256, 0.5, torch.Generator().manual_seed(0))
+    decision = judge(tmp_path, {1: 10.0}).decide([FORMATS["two_four_library"]], weight, 1)
+    assert not decision.sparse and "cannot be packed" in decision.reason and "CUDA" in decision.reason
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_weights_have_the_zeros_that_a_format_is_for(name):
+    weight = random_weight(name, 256, 512, 0.5, torch.Generator().manual_seed(0))
+    assert FORMATS[name].accepts(weight) is None and float((weight != 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
 # ---- the command line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_bench_says_that_a_crossover_needs_a_gpu():
+    shown = call("bench", "--crossover", "256x512")
+    assert shown.exit_code == 2 and "CUDA device" in shown.output and "Traceback" not in shown.output
+    for arguments, word in ((("--crossover", "256"), "rows x columns"), ((), "two models"), (("--crossover", "2x2", "--tokens", "a"), "--tokens")):
+        shown = call("bench", *arguments)
+        assert shown.exit_code == 2 and word in shown.output
 
 
 def test_prune_writes_zeros_into_an_onnx_file_and_keeps_its_names(tmp_path):
