@@ -59,7 +59,8 @@ class Crossover:
             for row in self.rows
         ]  # fmt: skip
         table = tables.grid(("kernel", "kept", "tokens", "dense us", "sparse us", "speed-up", "gate"), cells)
-        return tables.stack([table, Text(f"weight {self.size}, bfloat16, on {self.device}; weights not in the cache, launched by CUDA graphs")])
+        how = f"weight {self.size}, bfloat16, on {self.device}; weights not in the cache, launched by CUDA graphs"
+        return tables.stack([table, Text(how)])
 
 
 def _number(time: float | None) -> str:
