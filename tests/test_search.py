@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import graphprune as gp
 from graphprune.allocation.search import (
@@ -26,9 +28,12 @@ from graphprune.allocation.search import (
 from graphprune.calibration import Statistics
 from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.execute.interpreter import run
+from graphprune.plan import Plan
+from graphprune.recipes import RECIPES
 from graphprune.surgery import Cut, apply_cut
 from graphprune.verify.candidates import Masked, divergence
-from tests.zoo import TINY
+from tests.randomise import seeded
+from tests.zoo import TINY, Decoder, SwiGLU
 
 
 def ladders(sizes, rivals=""):
@@ -195,3 +200,56 @@ def test_divergence_of_logits_and_of_numbers():
     assert divergence([a], [b]) == pytest.approx(float((p * (p.log() - torch.softmax(b, -1)[0].log())).sum()))
     assert divergence([torch.tensor([[2.0], [0.0]])], [torch.tensor([[1.0], [1.0]])]) == pytest.approx(0.5)
     assert divergence([torch.tensor([1, 2])], [torch.tensor([2, 2])]) == 0
+
+
+# ---- Tyr: levels
+
+
+def test_refitted_copies_are_what_the_repair_makes():
+    """A masked run with the copies gives what the pruned network gives after least squares."""
+    from graphprune.recipes.tyr import Copies
+
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 36, bias=False), nn.ReLU(), nn.Linear(36, 7)).eval()
+        data = [torch.randn(32, 12) for _ in range(4)]
+    program = gp.capture(model, data[0])
+    statistics = Statistics(program, data)
+    groups = [g for g in program.groups if g.kind != "layer"]
+    units = {groups[0].name: (1, 5, 6, 30), groups[1].name: (0, 2, 35)}
+    evaluate = Masked(statistics, tensors=Copies(statistics, groups))
+    plan = Plan.of(program, units, ["least_squares"])
+    repaired = gp.apply(model, plan, data[0], calibration_data=data, verify=False).module
+    with torch.no_grad():
+        expected = sum(divergence([model(x)], [repaired(x)]) for x in data) / len(data)
+    assert evaluate(units) == pytest.approx(expected, rel=1e-3)
+    assert evaluate(units) < Masked(statistics)(units)  # the fit helps
+
+
+def test_tyr_finds_levels_that_are_better_than_even_ones_at_no_more_parameters():
+    with seeded(0):
+        model = Decoder(lambda hidden: SwiGLU(hidden, 96), hidden=32, layers=4).eval()
+        data = [torch.randint(0, 61, (4, 16)) for _ in range(4)]
+        with torch.no_grad():
+            for i, block in enumerate(model.blocks):
+                block.mlp.down.weight.mul_((0.1, 4, 0.2, 3)[i])  # some layers matter more
+    even = gp.compile(model, data[0], recipe="tyr_local", pruning_ratio=0.5, calibration_data=data, units=("neuron",), verify=False)
+    allocation = replace(RECIPES["tyr"].allocation, search_by=Exchange(generations=6, offspring=12, survivors=(4, 2, 1)), rounds=2)
+    recipe = replace(RECIPES["tyr"], allocation=allocation)
+    arguments = {"pruning_ratio": 0.5, "calibration_data": data, "units": ("neuron",)}
+    found = gp.compile(model, data[0], recipe=recipe, **arguments)
+    assert found.certificate.status == "passed"
+    assert found.report.after.params <= even.report.after.params * 1.005
+    with torch.no_grad():
+        far = [sum(divergence([model(x)], [result.module(x)]) for x in data) for result in (even, found)]
+    assert far[1] < 0.8 * far[0]
+    removed_of = {int(name.split(".")[1]): len(entry.removed) for name, entry in found.plan.entries.items()}
+    assert removed_of.get(0, 0) > removed_of.get(1, 0)
+    assert gp.compile(model, data[0], recipe=recipe, **arguments, verify=False).plan.hash == found.plan.hash
+
+
+def test_tyr_under_a_budget():
+    case = TINY["vgg"]()
+    quick = replace(RECIPES["tyr"].allocation, search_by=Exchange(2, 4, survivors=(2, 1, 1)), rounds=1)
+    recipe = replace(RECIPES["tyr"], allocation=quick, unit=("channel", "neuron"))
+    result = gp.compile(case.module, case.args, recipe=recipe, budget={"macs": "60%"}, calibration_data=[case.args])
+    assert result.report.after.macs <= 0.6 * result.report.before.macs and result.certificate.status == "passed"

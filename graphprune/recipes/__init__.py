@@ -22,6 +22,7 @@ from graphprune.recipes import (
     sparsegpt,
     taylor,
     tiles,
+    tyr,
     tyr_local,
     wanda,
     wanda_sp,
@@ -32,7 +33,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for module in (
         magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
-        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr,
     )
     for recipe in module.RECIPES
 }
