@@ -516,7 +516,7 @@ def compile(
         if sparse:
             made, solved = make_masks(
                 program, method, sparsity=sparsity, pattern=pattern, calibration_data=calibration_data, ignore=ignore, targets=targets,
-                repair=repair,
+                repair=repair, loss=loss, seed=seed,
             )  # fmt: skip
         else:
             made = make_plan(

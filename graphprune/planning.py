@@ -19,7 +19,7 @@ from graphprune.errors import InvalidInput, NothingToPrune
 from graphprune.importance import importance_of, scores_of
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.sparsity import UPDATES, NOfM, Pattern, Weights, pattern_of, solve_masks
+from graphprune.sparsity import UPDATES, NOfM, Pattern, Swaps, Unstructured, Weights, pattern_of, solve_masks
 from graphprune.surgery.cut import Cut
 from graphprune.units import DEFAULT_UNITS, UNITS, Group
 
@@ -137,6 +137,8 @@ def make_masks(
     ignore: Sequence[str] = (),
     targets: Sequence[str] = (),
     repair: Sequence[str] = (),
+    loss: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Decide which single weights become zero: the plan, and the weights that the method's own update came to.
 
@@ -144,6 +146,7 @@ def make_masks(
         recipe: a recipe for weights; magnitude when absent.
         sparsity: fraction of zeros in every matrix, one half when absent; N:M patterns bring their own.
         pattern: see `graphprune.sparsity.pattern_of`; the recipe's when absent.
+        loss, seed: for recipes that swap weights (`graphprune.sparsity.swaps`).
 
     Raises:
         InvalidInput: an argument is not what it must be.
@@ -157,7 +160,11 @@ def make_masks(
     if isinstance(shape, NOfM) and isinstance(sparsity, float) and abs(sparsity - shape.sparsity) > 1e-6:
         raise InvalidInput(f"pattern {shape} has the sparsity {shape.sparsity:g}, found sparsity={sparsity!r}; leave it out")
     level = DEFAULT_SPARSITY if sparsity is None else sparsity
+    if isinstance(recipe.score, Swaps) and not isinstance(shape, Unstructured):
+        raise InvalidInput(f"recipe {recipe.name!r} swaps single weights; it takes the pattern 'unstructured', found {shape}")
     masks, weights = solve_masks(program, recipe.score, shape, level, data=calibration_data, ignore=ignore, targets=targets)
+    if isinstance(recipe.score, Swaps):
+        masks = recipe.score.refine(program, masks, calibration_data, loss, seed)
     own = tuple(name for name, update in UPDATES.items() if update == recipe.score.update)
     settings = {"recipe": recipe.name, "pattern": str(shape), "sparsity": dict(level) if isinstance(level, Mapping) else level}
     return replace(Plan.of(program, {}, (*own, *repair), settings), masks=masks), weights

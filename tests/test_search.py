@@ -29,7 +29,9 @@ from graphprune.calibration import Statistics
 from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.execute.interpreter import run
 from graphprune.plan import Plan
+from graphprune.planning import make_masks
 from graphprune.recipes import RECIPES
+from graphprune.sparsity.swaps import Objective, model
 from graphprune.surgery import Cut, apply_cut
 from graphprune.verify.candidates import Masked, divergence
 from tests.randomise import seeded
@@ -253,3 +255,60 @@ def test_tyr_under_a_budget():
     recipe = replace(RECIPES["tyr"], allocation=quick, unit=("channel", "neuron"))
     result = gp.compile(case.module, case.args, recipe=recipe, budget={"macs": "60%"}, calibration_data=[case.args])
     assert result.report.after.macs <= 0.6 * result.report.before.macs and result.certificate.status == "passed"
+
+
+# ---- iCBS: swaps of single weights
+
+
+def test_the_quadratic_model_of_a_block_is_exact():
+    """Numbers worked out apart, and the identity E(x) = L(w0 (1 - x)) - L(w) of a quadratic loss."""
+    w0, w, g = np.array([1, -2, 0.5]), np.array([0, -2, 0.5]), np.array([0.1, -0.2, 0.05])
+    hessian = np.array([[2, 0.3, 0], [0.3, 1, 0.2], [0, 0.2, 3]])
+    matrix, const = model(w0, w, hessian, g)
+    np.testing.assert_allclose(matrix, [[-1.1, -0.3, 0], [-0.3, 2.2, -0.1], [0, -0.1, 0.35]], atol=1e-12)
+    assert const == pytest.approx(1.1)
+    for x, expected in (((1, 0, 0), 0.0), ((0, 1, 0), 3.3), ((0, 0, 1), 1.45)):
+        assert np.array(x) @ matrix @ np.array(x) + const == pytest.approx(expected)
+    matrix, const = model(w0, w, hessian, g, first=0.7, ridge=0.3)
+    for x in itertools.product((0, 1), repeat=3):
+        delta = w0 * (1 - np.array(x)) - w
+        expected = 0.7 * g @ delta + delta @ hessian @ delta / 2 + 0.3 * delta @ delta
+        assert np.array(x) @ matrix @ np.array(x) + const == pytest.approx(expected)
+
+
+def small_classifier():
+    with seeded(3):
+        net = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        data = [torch.randn(8, 10) for _ in range(2)]
+    return net, data
+
+
+def test_swaps_lower_the_loss_and_keep_every_count():
+    net, data = small_classifier()
+    program = gp.capture(net, data[0])
+    wanda, _ = make_masks(program, RECIPES["wanda"], sparsity=0.6, calibration_data=data)
+    icbs, _ = make_masks(program, RECIPES["icbs"], sparsity=0.6, calibration_data=data)
+    assert icbs.masks.keys() == wanda.masks.keys()
+    for name, mask in icbs.masks.items():
+        assert int(mask.sum()) == int(wanda.masks[name].sum()) and not torch.equal(mask, wanda.masks[name])
+    losses = [Objective(program, plan.masks, data, None, 16).value() for plan in (wanda, icbs)]
+    assert losses[1] < 0.8 * losses[0]
+    again, _ = make_masks(program, RECIPES["icbs"], sparsity=0.6, calibration_data=data)
+    assert again.hash == icbs.hash
+
+
+def test_swaps_follow_the_users_loss():
+    net, data = small_classifier()
+    pairs = [(x, x[:, :1].long() % 4) for x in data]
+
+    def loss(output, batch):
+        return nn.functional.cross_entropy(output, batch[1].flatten().clamp(0, 3))
+
+    program = gp.capture(net, data[0])
+    start, _ = make_masks(program, RECIPES["wanda"], sparsity=0.6, calibration_data=pairs)
+    result = gp.compile(net, data[0], recipe="icbs", sparsity=0.6, calibration_data=pairs, loss=loss)
+    assert result.certificate.status == "passed"
+    before, after = (Objective(program, plan.masks, pairs, loss, 16).value() for plan in (start, result.plan))
+    assert after < before
+    with pytest.raises(InvalidInput, match="single weights"):
+        gp.compile(net, data[0], recipe="icbs", pattern="2:4", calibration_data=data)

@@ -13,6 +13,7 @@ from graphprune.recipes import (
     cfsp,
     flap,
     group_norms,
+    icbs,
     llm_pruner,
     magnitude,
     mrp,
@@ -33,7 +34,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for module in (
         magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
-        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr, icbs,
     )
     for recipe in module.RECIPES
 }

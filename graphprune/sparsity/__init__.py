@@ -3,8 +3,9 @@
 from graphprune.sparsity.methods import UPDATES, Weights
 from graphprune.sparsity.patterns import NOfM, Pattern, Tiles, Unstructured, pattern_of
 from graphprune.sparsity.solve import apply_masks, maskable, repair_masked, solve_masks
+from graphprune.sparsity.swaps import Swaps
 
 __all__ = [
-    "UPDATES", "NOfM", "Pattern", "Tiles", "Unstructured", "Weights", "apply_masks", "maskable", "pattern_of", "repair_masked",
+    "UPDATES", "NOfM", "Pattern", "Swaps", "Tiles", "Unstructured", "Weights", "apply_masks", "maskable", "pattern_of", "repair_masked",
     "solve_masks",
 ]
