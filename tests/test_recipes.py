@@ -168,7 +168,7 @@ shapes = cache(lambda name: Shapes(**globals()[name]))
     "name, window, dense, pruned",
     [
         ("LLAMA_8B", Window(4, 2), 8_030_261_248, 6_612_586_496),
-        ("TINY_LLAMA", Window(4, 4), 1_100_048_384, 945_907_712),
+        ("TINY_LLAMA", Window(4, 4, depth=None), 1_100_048_384, 945_907_712),
         ("LLAMA_7B", Window(4, 2), 6_738_415_616, 5_422_977_024),
     ],
 )
@@ -401,13 +401,21 @@ def test_curves_lose_on_average_what_was_asked_for(numbers, ratio):
 @settings(max_examples=60, deadline=None)
 def test_a_window_leaves_the_ends_whole(layers, first, last, ratio):
     groups = [Group(f"{i}", "neuron", 10, (), None) for i in range(layers)]  # type: ignore[arg-type]
-    lost = list(Window(first, last).ratios(groups, ratio, SimpleNamespace()).values())  # type: ignore[arg-type]
+    lost = list(Window(first, last, depth=None).ratios(groups, ratio, SimpleNamespace()).values())  # type: ignore[arg-type]
     whole = lost.count(0.0)
     assert whole < layers and len(set(lost)) <= 2
     if layers > first + last:
         assert not any(lost[:first]) and not any(lost[layers - last :]) and whole == first + last
     if max(lost) < MOST:
         assert sum(lost) / layers == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("layers, whole", [(2, (0, 0)), (12, (2, 1)), (24, (3, 2)), (32, (4, 2)), (80, (4, 2))])
+def test_a_window_shrinks_with_the_network(layers, whole):
+    groups = [Group(f"{i}", "neuron", 10, (), None) for i in range(layers)]  # type: ignore[arg-type]
+    lost = list(Window().ratios(groups, 0.2, SimpleNamespace()).values())  # type: ignore[arg-type]
+    first, last = whole
+    assert not any(lost[:first]) and not any(lost[layers - last :]) and lost.count(0.0) == first + last
 
 
 @given(st.floats(0.1, 0.8), st.sampled_from(["adapt_pruner", "cfsp", "wanda_sp"]))

@@ -26,12 +26,16 @@ MOST = 0.99  # of a layer's units go at most
 class Window(Local):
     """The first and the last layers stay whole, and the others lose correspondingly more, all the same.
 
-    Layers are numbered among the groups of equal structure, in topological order. Where there are not more layers than are to be left
-    alone, both numbers shrink in proportion, so that one is cut.
+    Layers are numbered among the groups of equal structure, in topological order. At least one of them is cut.
+
+    Args:
+        first, last: layers that stay whole.
+        depth: the number of layers that this is meant for; with fewer, both numbers shrink in proportion. None: never.
     """
 
     first: int = 4
     last: int = 2
+    depth: int | None = 32
 
     def ratios(self, groups: Sequence[Group], ratio: float, statistics: Statistics) -> Mapping[str, float]:
         rivals = Isomorphic()
@@ -47,10 +51,11 @@ class Window(Local):
         return out
 
     def _protected(self, layers: int) -> tuple[int, int]:
-        both = self.first + self.last
-        if layers > both:
-            return self.first, self.last
-        return self.first * (layers - 1) // max(both, 1), self.last * (layers - 1) // max(both, 1)
+        part = 1.0 if self.depth is None else min(1.0, layers / self.depth)
+        first, last = round(self.first * part), round(self.last * part)
+        if layers > first + last:
+            return first, last
+        return first * (layers - 1) // (first + last), last * (layers - 1) // (first + last)
 
 
 @dataclass(frozen=True)

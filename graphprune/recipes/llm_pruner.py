@@ -12,8 +12,8 @@ RECIPES = (
         formula="sum |w g| (Element^1), g of the mean loss",
         score=taylor_first,
         unit=INNER_UNITS,
-        allocation=Window(first=4, last=2),
-        deviations="the ratio is that of all layers: 0.25 in 26 of 32 layers is 0.203; layers are told by structure and order, so it works "
-        "beyond decoders; no LoRA afterwards",
+        allocation=Window(first=4, last=2, depth=32),
+        deviations="the ratio is that of all layers: 0.25 in 26 of 32 layers is 0.203; fewer layers stay whole where there are fewer "
+        "than 32; no LoRA afterwards",
     ),
 )
