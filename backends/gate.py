@@ -199,11 +199,14 @@ class Gate:
             try:
                 packed = kernel.pack(weight, **options)
             except RuntimeError as problem:  # a library that does not know the device, or no memory
-                return dense(f"the weight cannot be packed: {(str(problem).strip().splitlines() or ['no reason given'])[0]}")
+                return dense(f"the weight cannot be packed: {_line(problem)}")
             allowed = self.model(packed, tokens, weight.element_size())
             if allowed < self.margin:
                 return dense(f"the roofline allows {allowed:.2f}x, {self.margin:.2f}x is asked for", modelled=allowed)
-            found = self.measure(kernel, packed, weight, tokens)
+            try:
+                found = self.measure(kernel, packed, weight, tokens)
+            except RuntimeError as problem:
+                return dense(f"it cannot be measured: {_line(problem)}", modelled=allowed)
             self.table.put(key, found)
         numbers = {"dense_us": found.dense_us, "sparse_us": found.sparse_us}
         if not found.config:
@@ -255,6 +258,10 @@ def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) 
     if not best[1]:
         return Measurement(dense_us, float("inf"), "")
     return Measurement(dense_us, time_calls(calls(best[1])).median, best[1])
+
+
+def _line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
 
 
 def _source(kernel: Kernel) -> str:

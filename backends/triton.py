@@ -2,7 +2,7 @@
 
 `sparse_module` copies the module (every tensor is shared with the original) and lets each product `x W^T` with a masked weight go through a
 `Product`, which takes the path that was decided for the number of tokens at hand: dense, or a kernel with the weight stored compressed.
-Products are found in three places: `nn.Linear` modules, which change their class and stay where they are, so the rest of the model
+Products are found in three places: linear modules, which change their class and stay where they are, so the rest of the model
 (`generate`, caches, hooks, names) does not notice; `aten.linear` nodes of graphs that stand in for a module; MatMul and Gemm nodes of a
 network that came as ONNX. Anything else with zeros (convolutions, stacked experts) runs dense, and is listed as such.
 
@@ -134,25 +134,38 @@ class Site:
 def _sites(root: nn.Module) -> Iterator[Site]:
     for part in list(root.modules()):
         if type(part) is nn.Linear and "forward" not in vars(part):
-            yield Site(part, "weight", False, functools.partial(_change_class, part))
+            yield Site(part, "weight", False, functools.partial(_change_class, part, SparseLinear))
+        elif (type(part).__module__, type(part).__name__) == ("transformers.pytorch_utils", "Conv1D"):  # a linear layer
+            yield Site(part, "weight", True, functools.partial(_change_class, part, _sparse(type(part))))  # type: ignore[arg-type]
         elif isinstance(part, fx.GraphModule):
             yield from _graph_sites(part)
         elif isinstance(part, ProgramModule):
             yield from _program_sites(part)
 
 
-class SparseLinear(nn.Linear):
-    """A linear layer with a masked weight."""
+class SparseForward(nn.Module):
+    """What a linear layer with a masked weight does."""
 
     product: Product
+    bias: Any
 
     def forward(self, x: Tensor, activation: str = "") -> Tensor:
         return self.product(x, self.bias, activation)
 
 
-def _change_class(linear: nn.Linear, product: Product) -> None:
-    linear.__class__ = SparseLinear
-    linear.product = product  # type: ignore[assignment]
+class SparseLinear(SparseForward, nn.Linear):
+    """A linear layer with a masked weight."""
+
+
+@functools.cache
+def _sparse(kind: Any) -> type[nn.Module]:
+    """A layer of another library with a masked weight."""
+    return type(f"Sparse{kind.__name__}", (SparseForward, kind), {})
+
+
+def _change_class(layer: Any, kind: type[nn.Module], product: Product) -> None:
+    layer.__class__ = kind
+    layer.product = product
 
 
 def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
@@ -239,7 +252,7 @@ class Product(nn.Module):
         super().__init__()
         self.source = (site.owner, site.attribute, site.transposed)  # a tuple, so that the owner does not become a part
         mask = mask.T if site.transposed else mask
-        self.register_buffer("bits", _packed_bits(mask).to(self.weight.device), persistent=False)
+        self.register_buffer("bits", _packed_bits(mask.to(self.weight.device)), persistent=False)
         self.state: tuple[Any, ...] = ()
         with torch.no_grad():
             full = self._full()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -210,6 +213,32 @@ def test_a_language_model_generates_with_sparse_layers():
     assert torch.equal(module.generate(ids, **arguments), result.module.generate(ids, **arguments))
 
 
+def test_weights_that_are_stored_transposed_run_sparse():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    with seeded(2):
+        config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=41, n_positions=16, bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(config).eval()
+    ids = torch.tensor([[3, 5, 7], [2, 4, 6]])
+    result = pruned("unstructured", model, {"input_ids": ids, "use_cache": False})
+    module = lower(result, "triton", force=True, tokens=(4,))
+    layer = module.transformer.h[0].mlp.c_fc
+    assert isinstance(layer, Conv1D) and layer.product.weight.shape == (128, 32) and kernels_of(module) == {"unstructured"}
+    x = torch.randn(1, 3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), result.module.transformer.h[0].mlp.c_fc(x), **CLOSE)
+        torch.testing.assert_close(module(ids[:1]).logits, result.module(ids[:1]).logits, **CLOSE)
+
+
+@pytest.mark.slow
+def test_decoding_benchmark_runs_on_any_machine():
+    command = [sys.executable, "-m", "benchmarks.decode", "--smoke", "--only", "block:16x16=0.5"]
+    shown = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert "block_sparse: forced" in shown.stdout and "correct: product off by" in shown.stdout and "decode: dense" in shown.stdout
+
+
 def onnx_mlp(path) -> None:
     rng = np.random.default_rng(0)
     weights = {"up": (48, 80), "down": (48, 80), "bias": (48,)}
@@ -338,6 +367,13 @@ def test_a_library_that_does_not_know_the_device_is_left_out(tmp_path):
     weight = random_weight("two_four_library", 64, 256, 0.5, torch.Generator().manual_seed(0))
     decision = judge(tmp_path, {1: 10.0}).decide([FORMATS["two_four_library"]], weight, 1)
     assert not decision.sparse and "cannot be packed" in decision.reason and "CUDA" in decision.reason
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    silent = Gate("cpu", Table(tmp_path, "other"), measure=fails, roof=Roof(1e9, 1e10, 0.0))
+    decision = silent.decide([FORMATS["two_four"]], weight, 1)
+    assert not decision.sparse and decision.reason == "two_four: it cannot be measured: out of memory" and not list(silent.table.entries())
 
 
 @pytest.mark.parametrize("name", FORMATS)
