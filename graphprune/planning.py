@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graphprune.allocation import (
-    Candidate, Local, Measure, Measured, Selection, allocate, one_per_product, removals, rounding, scope_of, split,
+    Candidate,
+    Local,
+    Measure,
+    Measured,
+    Selection,
+    allocate,
+    one_per_product,
+    removals,
+    rounding,
+    scope_of,
+    split,
 )  # fmt: skip
 from graphprune.analysis import Analysis
 from graphprune.calibration import Statistics

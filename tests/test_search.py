@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune as gp
+from graphprune.allocation.capacity import pq_index, removable, sparsities, spread
 from graphprune.allocation.search import (
     Annealing,
     Evaluated,
@@ -312,3 +313,69 @@ def test_swaps_follow_the_users_loss():
     assert after < before
     with pytest.raises(InvalidInput, match="single weights"):
         gp.compile(net, data[0], recipe="icbs", pattern="2:4", calibration_data=data)
+
+
+# ---- PQ index: how much a layer can lose
+
+
+@pytest.mark.parametrize("p, q", [(0.5, 1.0), (1.0, 2.0), (0.3, 1.7)])
+@pytest.mark.parametrize("k, d", [(1, 10), (3, 10), (10, 10)])
+def test_the_bound_of_k_equal_numbers_is_k(p, q, k, d):
+    w = torch.zeros(d)
+    w[:k] = -2.5
+    assert pq_index(w, p, q) == pytest.approx(1 - (k / d) ** (1 / p - 1 / q), abs=1e-9)
+    assert 1 - removable(w, p, q) == pytest.approx(k / d, abs=1e-9)
+
+
+@pytest.mark.parametrize("draw, p, q, index, kept", [
+    (lambda g: torch.randn(400_000, generator=g), 1, 2, 1 - math.sqrt(2 / math.pi), 2 / math.pi),
+    (lambda g: torch.randn(400_000, generator=g), 0.5, 1, 0.152, 0.848),
+    (lambda g: torch.rand(400_000, generator=g) * 2 - 1, 0.5, 1, 1 / 9, 8 / 9),
+    (lambda g: torch.rand(400_000, generator=g) * 2 - 1, 1, 2, 0.134, 0.75),
+    (lambda g: torch.empty(400_000).exponential_(generator=g), 1, 2, 1 - math.sqrt(0.5), 0.5),
+])  # fmt: skip
+def test_pq_index_of_known_distributions(draw, p, q, index, kept):
+    w = draw(torch.Generator().manual_seed(0))
+    assert pq_index(w, p, q) == pytest.approx(index, abs=2e-3)
+    assert 1 - removable(w, p, q) == pytest.approx(kept, abs=3e-3)
+    assert pq_index(1e-30 * w.double(), p, q) == pytest.approx(pq_index(w, p, q), abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=8), st.floats(0, 0.95))
+@settings(max_examples=50, deadline=None)
+def test_shares_keep_the_average_and_their_order(pairs, ratio):
+    fractions, sizes = zip(*pairs)
+    found = spread(fractions, sizes, ratio)
+    assert all(0 <= f <= 0.99 + 1e-9 for f in found)
+    if all(f > 0 for f in fractions):
+        assert sum(f * n for f, n in zip(found, sizes)) == pytest.approx(ratio * sum(sizes), abs=1e-6)
+    order = sorted(range(len(pairs)), key=lambda i: fractions[i])
+    assert all(found[a] <= found[b] + 1e-9 for a, b in itertools.pairwise(order))
+
+
+def uneven():
+    """Two hidden layers: a few units of the first carry all, those of the second are alike."""
+    with seeded(0):
+        net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+        with torch.no_grad():
+            net[0].weight[8:] *= 0.02
+            net[2].weight[:, 8:] *= 0.02
+            net[2].weight[:, :8] *= 2
+    return net, torch.randn(4, 16)
+
+
+def test_layers_lose_by_what_their_weights_say():
+    net, x = uneven()
+    result = gp.compile(net, x, recipe="sap", pruning_ratio=0.4, round_to=1)
+    lost = {name: len(entry.removed) for name, entry in result.plan.entries.items()}
+    first, second = (sum(n for name, n in lost.items() if name.startswith(f"{i}")) for i in (0, 2))
+    assert first > 1.5 * second and first + second == pytest.approx(0.4 * 128, abs=2)
+    assert result.certificate.status == "passed"
+    levels = sparsities(gp.capture(net, x), 0.5)
+    sizes = {name: p.numel() for name, p in net.named_parameters() if name in levels}
+    assert sum(levels[n] * sizes[n] for n in sizes) == pytest.approx(0.5 * sum(sizes.values()))
+    assert levels["0.weight"] > levels["4.weight"]
+    masked = gp.compile(net, x, sparsity=levels, targets=["0", "2", "4"])
+    assert float(masked.plan.masks["0.weight"].float().mean()) == pytest.approx(1 - levels["0.weight"], abs=0.01)
+    with pytest.raises(InvalidInput, match="0 < p < q"):
+        pq_index(x, 1, 1)

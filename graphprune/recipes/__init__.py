@@ -19,6 +19,7 @@ from graphprune.recipes import (
     mrp,
     obspa,
     prunenet,
+    sap,
     shortgpt,
     sparsegpt,
     taylor,
@@ -34,7 +35,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for module in (
         magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
-        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr, icbs,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr, icbs, sap,
     )
     for recipe in module.RECIPES
 }

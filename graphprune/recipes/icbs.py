@@ -11,7 +11,7 @@ RECIPES = (
         formula="x^T Q x over a block, x = 1 where pruned, Q from per-sample gradients",
         unit="unstructured",
         score=Swaps(methods.wanda, need="moments", compare="row"),
-        deviations="small entries of Q are dropped by magnitude (the code drops negative ones); 4 visits of every layer with blocks of 512; "
+        deviations="small entries of Q are dropped by magnitude (the code drops negative ones); 4 visits of every layer in blocks of 512; "
         "a step that does not lower the loss on its samples is taken back; candidates rest for one visit, none is frozen for good",
     ),
 )
