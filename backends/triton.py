@@ -6,8 +6,8 @@ Products are found in three places: linear modules, which change their class and
 (`generate`, caches, hooks, names) does not notice; `aten.linear` nodes of graphs that stand in for a module; MatMul and Gemm nodes of a
 network that came as ONNX. Anything else with zeros (convolutions, stacked experts) runs dense, and is listed as such.
 
-Weights keep their names and stay the parameters: while they are trained, a product is `x (W * mask)^T`, so zeros stay zeros; without
-gradients it reads the compressed copy, which follows the weights (after an optimizer step, `load_state_dict`, `.to`). A compiled module
+Weights keep their names and stay the parameters: while they are trained, a product is `x (W * mask)^T`, so zeros stay zeros; else it
+reads the compressed copy, which follows the weights (after an optimizer step, `load_state_dict`, `.to`). A compiled module
 looks for changes at `eval()` and `load_state_dict` only.
 """
 
@@ -281,10 +281,13 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
         weight = self.weight
-        if torch.is_grad_enabled() and weight.requires_grad:
+        trains, compiling = torch.is_grad_enabled() and weight.requires_grad, torch.compiler.is_compiling()
+        if trains and (compiling or self.training or not self.formats):
             return ACTIVATIONS[activation](F.linear(x, weight * self.mask(), bias))
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.refresh()
+        if trains:
+            return SparseForwards.apply(x, weight, bias, self, activation)
         path, config = self._path(x.numel() // max(1, x.shape[-1]))
         if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product
             return ACTIVATIONS[activation](F.linear(x, weight, bias))
@@ -324,6 +327,25 @@ class Product(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{path} to {most}" for most, path, _ in self.steps) + " tokens"
+
+
+class SparseForwards(torch.autograd.Function):
+    """A product in evaluation mode where gradients happen to be enabled: by the kernel; backwards, if ever, as the dense masked product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, activation: str) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.product, ctx.activation = product, activation
+        return product(x, bias, activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves: list[Any] = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+            y = ACTIVATIONS[ctx.activation](F.linear(leaves[0], leaves[1] * ctx.product.mask(), leaves[2]))
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grads))
+        return *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves), None, None
 
 
 def _loaded(product: Product, module: nn.Module, keys: Any) -> None:

@@ -187,8 +187,8 @@ def verify(
 
 @verb("bench", "graphprune bench resnet50.onnx small.onnx --seconds 10")
 def bench(
-    a: Annotated[Path | None, typer.Argument(metavar="[A]", help="An .onnx file, or a folder with a Hugging Face checkpoint.")] = None,
-    b: Annotated[Path | None, typer.Argument(metavar="[B]", help="Another one of the same kind.")] = None,
+    a: Annotated[Path | None, typer.Argument(metavar="A", help="An .onnx file, or a folder with a Hugging Face checkpoint.")] = None,
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="Another one of the same kind.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.")] = 5.0,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that each model may use.")] = 1,
     crossover: Annotated[

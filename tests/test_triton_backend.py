@@ -158,6 +158,23 @@ def test_gradients_of_the_input_go_through_the_kernel(result):
     torch.testing.assert_close(*grads, **CLOSE)
 
 
+@pytest.mark.parametrize("training", (False, True))
+def test_gradients_are_those_of_the_dense_masked_module(result, training):
+    module, dense = copy.deepcopy(forced(result)).train(training), copy.deepcopy(result.module)
+    outputs, grads = [], []
+    for it in (module, dense):
+        x = torch.linspace(-1, 1, 96).reshape(2, 48).requires_grad_()
+        outputs.append(it(x))
+        outputs[-1].square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in it.parameters())])
+    torch.testing.assert_close(*outputs, **CLOSE)
+    masks = [None, *(result.plan.masks.get(name) for name, _ in dense.named_parameters())]
+    for ours, theirs, mask in zip(*grads, masks):
+        torch.testing.assert_close(ours, theirs if mask is None else theirs * mask, rtol=1e-4, atol=1e-4)
+    next(iter(module.up.product.formats.values())).values.mul_(1.1)
+    assert torch.allclose(module(x), outputs[0]) == training, "in evaluation mode the kernel computes, with or without gradients"
+
+
 def test_weights_that_are_loaded_are_masked_and_compressed(result):
     module = copy.deepcopy(forced(result))
     with seeded(7):
