@@ -1,0 +1,59 @@
+"""Calibration over several processes: every rank passes its shard, and all come to the plan of one pass over the whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune as gp
+from graphprune.calibration import Statistics
+
+
+def network() -> tuple[nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)).double().eval()
+    return model, [torch.randn(6, 12).double() for _ in range(4)]
+
+
+def rank(index: int, ranks: int, port: int, out: str) -> None:
+    """One process: its share of the batches, its statistics, its masks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", rank=index, world_size=ranks)
+    model, data = network()
+    found = results(model, data[index::ranks])
+    torch.save(found, f"{out}/{index}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def results(model: nn.Module, data: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    program = gp.capture(model, data[0])
+    statistics = Statistics(program, data, needs=("moments", "gram"))
+    weight = program.weights["2.weight"]
+    masked = gp.compile(program, recipe="sparsegpt", sparsity=0.5, calibration_data=data, verify=False)
+    gradients = statistics.gradients(weight)
+    assert gradients is not None
+    return {
+        "variance": statistics.observed("moments")[weight].variance,
+        "gram": statistics.observed("gram")[weight].square,
+        "gradient": gradients.mean_square,
+        "mask": masked.plan.masks["2.weight"],
+        "repaired": masked.module.get_parameter("2.weight").detach(),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_come_to_what_one_pass_comes_to(ranks, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(rank, (ranks, port, str(tmp_path)), ranks, start_method="fork")
+    whole = results(*network())
+    for index in range(ranks):
+        found = torch.load(tmp_path / f"{index}.pt", weights_only=True)
+        for name, expected in whole.items():
+            torch.testing.assert_close(found[name], expected, msg=f"{name} of rank {index}")
