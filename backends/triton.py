@@ -341,7 +341,8 @@ class SparseForwards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            leaves: list[Any] = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+            pairs = zip(ctx.saved_tensors, ctx.needs_input_grad)
+            leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
             y = ACTIVATIONS[ctx.activation](F.linear(leaves[0], leaves[1] * ctx.product.mask(), leaves[2]))
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads))
