@@ -28,6 +28,7 @@ from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
 from graphprune.report import Footprint, Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
 from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
+from graphprune.surgery.rotation import rotated
 from graphprune.trials import Trials, paired
 from graphprune.units import DEFAULT_UNITS
 from graphprune.verify.certificate import Certificate, certify
@@ -253,13 +254,22 @@ def _apply(
     verify: bool | str = True,
     solved: Mapping[str, Tensor] | None = None,
     device: Any = None,
+    prepared: bool = False,
 ) -> Result:
-    """`apply`; with `solved` given, the weights that the repair of the masks would come to again."""
+    """`apply`; with `solved` given, the weights that the repair of the masks would come to again.
+
+    Args:
+        prepared: the program has been through what the plan says to do before the cut.
+    """
     clock = _Clock()
     with clock("capture"):
         program = capture(model, example_inputs, kwargs, dynamic_shapes)
     with clock("analysis"):
         program.analysis  # noqa: B018  solved here so that its time is its own
+    if plan.settings.get("prepare") and not prepared:
+        if calibration_data is None:
+            raise InvalidInput(f"the plan is of the network after {plan.settings['prepare']!r}; pass the calibration_data it was made with")
+        program = PREPARATIONS[plan.settings["prepare"]](program, calibration_data)
     removed = plan.resolve(program)
     cut = Cut(program.analysis, removed)
     with clock("surgery"):
@@ -317,6 +327,7 @@ def _apply(
 
 
 MEASURE_SECONDS = 0.5
+PREPARATIONS: dict[str, Callable[[Program, Any], Program]] = {"rotate": rotated}  # rewrites that leave a network what it is
 
 
 def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:
@@ -510,6 +521,9 @@ def compile(
 
         calibration_data = list(itertools.islice(calibration_data, num_samples))
     calibration_data, solved = noise(program, noisy, seed) if noisy else reread(calibration_data), None
+    if method is not None and method.prepare:
+        with clock("prepare"):
+            program = PREPARATIONS[method.prepare](program, calibration_data)
     trials = _trials(program, backend, device, metric=metric, repair=repair, calibration_data=calibration_data)
     dense = trials.dense if metric is not None else None  # before anything is changed in place
     with clock("plan"):
@@ -536,8 +550,11 @@ def compile(
                 seed=seed,
                 measure=trials,
             )
+            if method is not None and method.prepare:
+                made = replace(made, settings={**made.settings, "prepare": method.prepare})
     result = _apply(
-        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device
+        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device,
+        prepared=True,
     )  # fmt: skip
     if dense is not None:
         name = getattr(metric, "__name__", "metric")

@@ -14,10 +14,11 @@ from graphprune.program import Kind, Program
 from graphprune.repair.moments import batch_norm, bias
 from graphprune.repair.refit import least_squares
 from graphprune.surgery.cut import Cut
+from graphprune.surgery.rotation import norm_width
 
 Repair = Callable[[Program, Cut, Program, Any], Mapping[str, Tensor]]  # (original, cut, pruned, data) -> new tensors by weight name
 
-REPAIRS: dict[str, Repair] = {"bn": batch_norm, "bias": bias, "least_squares": least_squares}
+REPAIRS: dict[str, Repair] = {"bn": batch_norm, "bias": bias, "least_squares": least_squares, "norm_width": norm_width}
 DATA_FREE = ("bn",)
 
 
