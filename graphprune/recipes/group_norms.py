@@ -24,8 +24,10 @@ RECIPES = (
         paper="Fang et al. 2023, arXiv 2301.12900",
         formula="||w of the group||_2, over the group's mean",
         score=IMPORTANCES["magnitude"],
+        repair=("bn",),
         data=False,
-        deviations="the final cut; the sparsity-inducing training before it needs training",
+        deviations="the final cut, without sparsity-inducing training before it and fine-tuning after it; running statistics are estimated "
+        "again instead",
     ),
     Recipe(
         name="spa_l1",
@@ -33,8 +35,10 @@ RECIPES = (
         formula="sum over members of sum |w|, over the group's mean",
         score=l1(),
         allocation=Global(of="params"),
+        repair=("bn",),
         data=False,
-        deviations="a ratio counts parameters; inside a member entries are summed, whatever aggregates the members",
+        deviations="no fine-tuning, running statistics are estimated again instead; a ratio counts parameters; inside a "
+        "member entries are summed, whatever aggregates the members",
     ),
     Recipe(
         name="lamp",
@@ -42,16 +46,18 @@ RECIPES = (
         formula="||w||^2 / sum of all not smaller ones in the group",
         score=IMPORTANCES["lamp"],
         allocation=Global(),
+        repair=("bn",),
         data=False,
-        deviations="units in place of single weights",
+        deviations="units in place of single weights; no fine-tuning, running statistics are estimated again instead",
     ),
     Recipe(
         name="fpgm",
         paper="He et al. 2019, arXiv 1811.00250",
         formula="sum of distances to the weights of all other units",
         score=IMPORTANCES["fpgm"],
+        repair=("bn",),
         data=False,
-        deviations="distances between what writes a unit, over all writers; no fine-tuning between rounds",
+        deviations="distances between what writes a unit, over all writers; no fine-tuning, running statistics are estimated again instead",
     ),
     Recipe(
         name="bn_scale",

@@ -13,7 +13,9 @@ RECIPES = (
         formula="mean over batches of (sum w g)^2",
         score=IMPORTANCES["taylor"],
         allocation=Global(),
-        deviations="every weight of the group takes part; the square is per batch; one shot, no fine-tuning between rounds",
+        repair=("bn",),
+        deviations="every weight of the group takes part; the square is per batch; one shot, no fine-tuning between rounds, running "
+        "statistics are estimated again instead",
     ),
     Recipe(
         name="obd",
@@ -21,7 +23,9 @@ RECIPES = (
         formula="sum w^2 E[g^2]",
         score=obd,
         allocation=Global(),
-        deviations="units in place of single weights; the diagonal of the Hessian is that of the Fisher matrix, sample by sample",
+        repair=("bn",),
+        deviations="units in place of single weights; no retraining, running statistics are estimated again instead; the diagonal of "
+        "the Hessian is that of the Fisher matrix, sample by sample",
     ),
     Recipe(
         name="taylor_second",

@@ -93,6 +93,8 @@ def batch_norm(program: Program, cut: Cut, pruned: Program, data: Any = None) ->
     what its own scale and bias say, as independent normal numbers, so that each is judged by the layers since the one before it.
     """
     names = {node.name for node in program.nodes if node.op in BATCH_NORM and not node.args.get("training")}
+    if not names:
+        return {}
     means: dict[str, list[Tensor]] = {}  # name of a running mean -> its moves
     spreads: dict[str, list[tuple[Tensor, Tensor]]] = {}  # name of a running variance -> (of the pruned, of the original network)
     dtype = working_dtype(program)
