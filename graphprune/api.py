@@ -23,12 +23,12 @@ from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, Verif
 from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.measure import interleaved
 from graphprune.plan import Plan
+from graphprune.prepare import PREPARATIONS
 from graphprune.program import Program, Value
 from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
 from graphprune.report import Footprint, Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
 from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
-from graphprune.surgery.rotation import rotated
 from graphprune.trials import Trials, paired
 from graphprune.units import DEFAULT_UNITS
 from graphprune.verify.certificate import Certificate, certify
@@ -69,7 +69,9 @@ def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any]
     args, named = _arguments(module, example_inputs, kwargs)
     if isinstance(dynamic_shapes, Mapping):  # arguments that were made up here have sizes of their own
         dynamic_shapes = {**dynamic_shapes, **{name: None for name in named if name not in dynamic_shapes}}
-    return capture_torch(module, args, named, dynamic_shapes)
+    from graphprune.surgery.fallback import shapes_for
+
+    return capture_torch(module, args, named, shapes_for(module, dynamic_shapes, args, named))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -327,7 +329,6 @@ def _apply(
 
 
 MEASURE_SECONDS = 0.5
-PREPARATIONS: dict[str, Callable[[Program, Any], Program]] = {"rotate": rotated}  # rewrites that leave a network what it is
 
 
 def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:

@@ -30,6 +30,7 @@ surgery repair
 verify
 surgery.fallback
 surgery.write_back
+prepare trials
 pass_manager
 passes
 recipes

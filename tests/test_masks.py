@@ -13,7 +13,7 @@ from graphprune.errors import InvalidInput
 from graphprune.plan import Plan
 from graphprune.recipes import RECIPES
 from graphprune.repair import obs
-from graphprune.sparsity import maskable, pattern_of
+from graphprune.sparsity import Swaps, maskable, pattern_of
 from graphprune.sparsity.methods import best_sets
 from tests.zoo import TINY
 
@@ -135,6 +135,8 @@ def small() -> tuple[nn.Module, list[Tensor]]:
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4"])
 def test_recipes_make_certified_masks_of_every_pattern(name, pattern):
+    if isinstance(RECIPES[name].score, Swaps) and pattern != "unstructured":
+        pytest.skip("swaps single weights only, and says so (tests/test_search.py)")
     model, data = small()
     result = gp.compile(model, data[0], recipe=name, pattern=pattern, sparsity=None if pattern == "2:4" else 0.5, calibration_data=data)
     assert result.certificate.passed and set(result.plan.masks) == {"0.weight", "2.weight"}  # not what puts out the result

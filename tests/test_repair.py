@@ -69,7 +69,7 @@ def test_the_error_on_other_data_falls(name, repairs, data, factor):
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("repair", [name for name in REPAIRS if name != "norm_width"])  # that one is of streams: tests/test_rotation.py
 def test_nothing_of_the_users_is_written_and_no_shape_changes(name, repair):
     state = torch.random.get_rng_state()
     program = program_of(name)

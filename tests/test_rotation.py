@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import run
-from graphprune.surgery.rotation import principal, rotated, stream_of
+from graphprune.prepare import rotated
+from graphprune.repair.rotation import principal, stream_of
 from tests.randomise import randomise, seeded
 from tests.zoo import TINY, ChunkGLU, Decoder, SwiGLU
 

@@ -25,7 +25,7 @@ class Recipe:
     unit: tuple[str, ...] | str = DEFAULT_UNITS  # kinds of groups; for weights the pattern
     allocation: Any = "local"  # a scope, by name or as an object
     repair: tuple[str, ...] = ()
-    prepare: str = ""  # of `graphprune.api.PREPARATIONS`: what is done to the network before units are chosen
+    prepare: str = ""  # of `graphprune.prepare.PREPARATIONS`: what is done to the network before units are chosen
     data: bool = True  # takes calibration data
     noise: int = 0  # batches of random inputs that stand for calibration data where none are given
     deviations: str = ""  # from the paper

@@ -13,8 +13,8 @@ from graphprune.errors import InvalidInput
 from graphprune.program import Kind, Program
 from graphprune.repair.moments import batch_norm, bias
 from graphprune.repair.refit import least_squares
+from graphprune.repair.rotation import norm_width
 from graphprune.surgery.cut import Cut
-from graphprune.surgery.rotation import norm_width
 
 Repair = Callable[[Program, Cut, Program, Any], Mapping[str, Tensor]]  # (original, cut, pruned, data) -> new tensors by weight name
 

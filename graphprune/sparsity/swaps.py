@@ -116,7 +116,7 @@ class Objective:
     def __init__(self, program: Program, masks: Mapping[str, Tensor], data: Any, loss: Callable[..., Any] | None, limit: int) -> None:
         self.program, self.masks = program, {name: mask.cpu() for name, mask in masks.items()}
         self.statistics = Statistics(program, data, loss)
-        self.items = []
+        self.items: list[tuple[list[Any], Any]] = []
         for inputs, item in samples(program, self.statistics.data):
             if len(self.items) == limit:
                 break

@@ -22,7 +22,6 @@ from graphprune.calibration import batches
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import Compute, run
 from graphprune.program import Node, Program, Value
-from graphprune.surgery import apply_cut
 from graphprune.surgery.cut import Cut
 from graphprune.units import Group
 
@@ -61,7 +60,8 @@ def stream_of(program: Program) -> Stream:
     whole = np.arange(group.size)[:, None]
     if not all(np.array_equal(m.index, whole) for m in group.members):
         raise InvalidInput(f"group {group.name!r} is part of a wider axis in some weights; such a stream cannot be rotated")
-    found, states = Stream(group), {}
+    found = Stream(group)
+    states: dict[Value, Any] = {}
     for node in program.nodes:
         state = _Step(program, found, states, node).state()
         if state is not None:
@@ -113,7 +113,7 @@ class _Step:
             return self._linear(args["A"], args["B"], None, 0, 1, out)
         if node.op in RMS_NORM:
             x, scale = (args.get(name) for name in RMS_NORM[node.op])
-            if self.states.get(x) == STREAM and isinstance(scale, Value) and len(scale.shape) == 1:
+            if isinstance(x, Value) and self.states.get(x) == STREAM and isinstance(scale, Value) and len(scale.shape) == 1:
                 self.found.norms[node] = (x, scale)
                 return scale
             return self._refuse("is no RMS norm with a scale, directly on the stream")
@@ -193,8 +193,8 @@ def principal(program: Program, stream: Stream, data: Any) -> Tensor:
     return vectors[:, values.argsort(descending=True, stable=True)]
 
 
-def rotated(program: Program, data: Any = None, basis: Tensor | None = None) -> Program:
-    """The same network with its stream in the basis of its principal directions; the program given stays as it is.
+def rotation(program: Program, data: Any = None, basis: Tensor | None = None) -> dict[str, Tensor]:
+    """Weights, float64, by name: those of the same network with its stream in the basis of its principal directions.
 
     Args:
         data: calibration data; the example inputs when absent.
@@ -203,8 +203,6 @@ def rotated(program: Program, data: Any = None, basis: Tensor | None = None) -> 
     Raises:
         InvalidInput: the stream cannot be rotated, and what is in the way.
     """
-    from graphprune.repair import replace_weight
-
     stream = stream_of(program)
     basis = principal(program, stream, data) if basis is None else basis
     new: dict[Value, Tensor] = {}
@@ -221,17 +219,16 @@ def rotated(program: Program, data: Any = None, basis: Tensor | None = None) -> 
             new[weight] = (now(weight).movedim(axis, -1) @ basis).movedim(-1, axis)
     for _, scale in stream.norms.values():
         new[scale] = torch.ones(stream.group.size, dtype=torch.float64)
-    out = apply_cut(program, Cut(program.analysis, {}))
-    for value, tensor in new.items():
-        replace_weight(out, value.name, tensor.contiguous())
-    return out
+    return {value.name: tensor.contiguous() for value, tensor in new.items()}
 
 
 def norm_width(program: Program, cut: Cut, pruned: Program, data: Any) -> dict[str, Tensor]:
     """Norm scales times sqrt(width before / after): norms over the stream go on dividing by its old width, as if what left were zero.
 
-    The small number under the root grows in the same proportion.
+    The small number under the root grows in the same proportion. Where no such unit left there is nothing to do.
     """
+    if not any(program.analysis.by_name[name].kind == "hidden" for name in cut.removed):
+        return {}
     stream = stream_of(program)
     kept = stream.group.size - len(cut.removed.get(stream.group.name, ()))
     names = {scale.name for _, scale in stream.norms.values()}
