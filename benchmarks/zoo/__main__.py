@@ -103,7 +103,7 @@ def prune(program: Any, units: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
     before = sum(v.tensor.numel() for v in program.weights.values())
     dtype = torch.float64 if before <= 200e6 else torch.float32
     certificate = certify(program, pruned, cut, dtype=dtype, seeds=(0, 1, 2))
-    control = shifted_control(program, pruned, cut, dtype, tries=2)
+    control = shifted_control(program, pruned, cut, dtype, tries=5)
     verify_s = time.perf_counter() - start - cut_s
     written = write_back(program, cut, pruned)
     status = certificate.status

@@ -139,7 +139,8 @@ class EditedGraph(nn.Module):
         path = next((p for p in (scope_of(node),) if p in modules), "")
         flag = f"{path}.training" if path else "training"
         argument = _TRAINING_ARGUMENT.get(node.op_type)
-        if argument is not None and argument in node.args and not (node.op_type == "batch_norm" and node["running_mean"] is None):
+        by_batch = node.args.get("running_mean", node) is None  # a norm without running statistics takes those of its input in both modes
+        if argument is not None and argument in node.args and not by_batch:
             with graph.inserting_before(new):
                 _set(new, argument, graph.get_attr(flag))
         elif node.op_type == "scaled_dot_product_attention" and not node["dropout_p"]:
