@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -29,12 +29,10 @@ from graphprune.errors import InvalidInput, NothingToPrune
 from graphprune.importance import importance_of, scores_of
 from graphprune.plan import Plan
 from graphprune.program import Program
+from graphprune.recipes import RECIPES, Recipe
 from graphprune.sparsity import UPDATES, NOfM, Pattern, Swaps, Unstructured, Weights, pattern_of, solve_masks
 from graphprune.surgery.cut import Cut
 from graphprune.units import DEFAULT_UNITS, UNITS, Group
-
-if TYPE_CHECKING:
-    from graphprune.recipes import Recipe
 
 log = logging.getLogger("graphprune")
 
@@ -162,8 +160,6 @@ def make_masks(
         InvalidInput: an argument is not what it must be.
         NothingToPrune: no weight is left.
     """
-    from graphprune.recipes import RECIPES
-
     recipe = recipe or RECIPES["magnitude"]
     assert isinstance(recipe.score, Weights)
     shape = pattern_of(pattern if pattern is not None else str(recipe.unit))
