@@ -472,12 +472,16 @@ def compile(
             what the network takes now), and `{"accuracy_drop": 0.01}`, the largest cut under which `metric` falls by no more than that.
         metric: `metric(module) -> float`, higher is better; of the result and of the original, for the report and for `accuracy_drop`.
         units: kinds of units that may go, of `graphprune.units.UNITS`.
-        recipe: a published method by name (`graphprune.recipes()`), or a `Recipe`; then importance, scope and repair are its own.
-        sparsity, pattern: zeros inside tensors in place of removed units: "unstructured", "2:4" (kept:of), "block:64x64".
-        importance: "magnitude", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
+        recipe: a published method by name (`graphprune.recipes()`), or a `Recipe`. It brings score, allocation, repair (`repair` adds to
+            it) and units (if none are given). pruning_ratio or budget say how much goes; sparsity and pattern where it zeroes weights.
+        sparsity: fraction of zeros inside weights, in place of removed units; by default 0.5, or what the pattern says.
+        pattern: of the zeros: "unstructured", "2:4" (kept:of), "block:64x64".
+        importance: "magnitude", "magnitude_l1", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
         scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
         ignore, targets: exact names, globs, "re:...", "op:Conv".
         calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data.
+        backend: what runs the result and is timed: "torch", "onnxruntime", or "triton", where layers with zeros in their weights run by
+            sparse kernels if these were measured to be faster on the device at hand.
         verify: True, "full" (always float64 and three inputs), or False.
 
     Raises:

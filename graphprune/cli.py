@@ -230,13 +230,13 @@ def diff(a: In, b: In, everything: Everything = False, talk: Talk = Talk()) -> N
 
 @verb("recipes", "graphprune recipes")
 def recipes(talk: Talk = Talk()) -> None:  # noqa: B008
-    """List the published methods that --recipe takes."""
+    """List the published methods that --recipe takes. With --json also how each differs from its paper."""
     with progress(talk, "reading recipes"):
         import graphprune as gp
         from graphprune.report import tables
 
-        rows = tables.records(gp.recipes())
-    show(talk, lambda: rows, lambda: tables.listing(rows))
+        rows = [{"name": name, **recipe.describe()} for name, recipe in gp.recipes().items()]
+    show(talk, lambda: rows, lambda: tables.methods(rows))
 
 
 @verb("demo", "graphprune demo")

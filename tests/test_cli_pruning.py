@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import graphprune as gp
-from graphprune.report import Report
+from graphprune.report import Report, tables
 from tests.test_cli import call
 from tests.test_report import onnx_file
 from tests.test_results import llama
@@ -139,4 +139,11 @@ def test_code_from_a_folder_is_never_run(tmp_path):
 
 def test_recipes_are_listed():
     shown = call("recipes", "--json")
-    assert shown.exit_code == 0 and {row["name"] for row in json.loads(shown.stdout)} == set(gp.recipes())
+    rows = {row["name"]: row for row in json.loads(shown.stdout)}
+    assert shown.exit_code == 0 and set(rows) == set(gp.recipes())
+    assert "<" not in shown.stdout, "an object that is not meant for people"
+    assert rows["flap"]["amount"] == "pruning_ratio, budget" and rows["wanda"]["amount"] == "sparsity, pattern"
+    assert "An et al. 2023" in call("recipes").stdout
+    for width in (80, 120):
+        lines = tables.plain(tables.methods(list(rows.values())), width).splitlines()
+        assert max(map(len, lines)) <= width and {line.split(" ")[0] for line in lines} >= set(rows)

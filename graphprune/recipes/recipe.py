@@ -39,12 +39,15 @@ class Recipe:
         """The parts as text, for tables."""
         allocation = self.allocation if isinstance(self.allocation, str) else type(self.allocation).__name__.lower()
         if isinstance(self.score, Weights):
-            allocation = f"same sparsity per {self.score.compare}"
+            allocation = f"same for every {self.score.compare}"
         return {
             "unit": self.unit if isinstance(self.unit, str) else ", ".join(self.unit),
             "score": self.formula,
             "allocation": allocation,
+            "prepare": self.prepare or "-",
             "repair": self.score.update or "-" if isinstance(self.score, Weights) else ", ".join(self.repair) or "-",
             "data": "yes" if self.data else "no",
+            "amount": "sparsity, pattern" if self.sparse else "pruning_ratio, budget",  # arguments that say how much goes
             "paper": self.paper,
+            "deviations": self.deviations or "-",
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -269,13 +268,24 @@ def explanation(rows: Iterable[tuple[str, int, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def records(registry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A registry of dataclasses as rows: the name, then the fields that are text, numbers or names."""
-    rows = []
-    for name, item in registry.items():
-        described = {f.name: getattr(item, f.name) for f in fields(item)} if is_dataclass(item) else dict(item)
-        rows.append({"name": name, **{key: _word(value) for key, value in described.items() if key != "name"}})
-    return rows
+def methods(rows: Sequence[Mapping[str, str]]) -> ConsoleRenderable:
+    """Recipes as `Recipe.describe` puts them, a table for each unit: the score, and below it the other parts."""
+    by_unit = defaultdict(list)
+    for row in rows:
+        by_unit[row["unit"], row["amount"]].append(row)
+    longest = max(len(row["name"]) for row in rows)
+    parts = []
+    for (unit, amount), members in by_unit.items():
+        table = grid(("recipe", f"unit: {unit}\nby {amount}", "paper"), ())
+        table.expand, (name, score, paper) = True, table.columns
+        name.width, score.ratio, paper.width = longest, 1, 26  # the same in all of them
+        for row in members:
+            steps = [f"{part} {row[part]}" for part in ("prepare", "allocation", "repair") if row[part] != "-"]
+            line = "; ".join([*steps, *(["needs data"] if row["data"] == "yes" else [])])
+            source = row["paper"].replace(", arXiv", "\narXiv")
+            table.add_row(f"[cyan]{escape(row['name'])}[/]", f"{escape(row['score'])}\n[dim]{escape(line)}[/]", escape(source))
+        parts.append(table)
+    return stack(parts)
 
 
 def listing(rows: Sequence[Mapping[str, Any]]) -> ConsoleRenderable:
