@@ -1,4 +1,4 @@
-"""What every test run shares: a torchvision that imports, one thread, and a rotating sample of the slow tests.
+"""What every test run shares: a torchvision that imports, one thread, fixed randomness, and a rotating sample of the slow tests.
 
 `--slow=N` (default 12) runs N of the tests marked `slow`, other ones every day, so that all of them are met in turn; `--slow=all` and
 `--slow=none` do what they say. A test named on the command line by its id always runs.
@@ -6,9 +6,11 @@
 
 import hashlib
 import os
+import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if not Path("/dev/nvidiactl").exists():
@@ -41,6 +43,14 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """What a test draws without a seed of its own is the same alone, in any order and on any worker; also in fixtures that it is first to use."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def sample(names: list[str], wanted: int, day: int) -> set[str]:

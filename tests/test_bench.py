@@ -2,34 +2,44 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from graphprune import bench
+from graphprune import bench, measure
 from graphprune.errors import InvalidInput
 from graphprune.report import tables
 from tests.test_cli import call
 from tests.test_report import onnx_file
 
 
-def test_slower_one_is_seen_and_turns_alternate():
-    turns = []
+def test_slower_one_is_seen_and_turns_alternate(monkeypatch):
+    """By a clock that the models move, each by what it takes: three times as long in a quarter of the rounds, whatever else runs."""
+    turns, now = [], [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def model(name, seconds):
         def run():
             turns.append(name)
-            time.sleep(seconds)
+            now[0] += seconds * (3 if len(turns) % 8 < 2 else 1)
 
         return run
 
-    found = bench.compare([model("a", 0.008), model("b", 0.002)], ("a", "b"), "cpu", "sleep", seconds=0.2)
-    assert 2.5 < found.speedup < 5.5 and found.low <= found.speedup <= found.high and found.rounds >= 5
-    assert found.before.low_ms <= found.before.median_ms <= found.before.high_ms
+    found = bench.compare([model("a", 0.008), model("b", 0.002)], ("a", "b"), "cpu", "none", seconds=0.2)
+    assert found.speedup == pytest.approx(4.0) and found.low <= found.speedup <= found.high
+    assert 0.2 / (3 * 0.010) < found.rounds < 0.2 / 0.010 + 1
+    assert found.before.median_ms == pytest.approx(8.0) and found.after.median_ms == pytest.approx(2.0)
+    assert found.before.low_ms <= found.before.median_ms < 24 and found.before.median_ms <= found.before.high_ms
     assert turns[2:10] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert f"{found.speedup:.2f}x faster" in tables.plain(found)
+    assert "4.00x faster" in tables.plain(found)
+
+
+def test_the_clock_runs():
+    found = bench.compare([lambda: time.sleep(0.02), lambda: None], ("a", "b"), "cpu", "sleep", seconds=0.05)
+    assert found.before.low_ms >= 19 and found.after.median_ms < found.before.median_ms
 
 
 def test_time_must_be_positive():

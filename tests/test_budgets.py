@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import graphprune as gp
+from graphprune import api, measure, trials
 from graphprune.allocation.measured import BAND, Measured, Target
 from graphprune.errors import BudgetNotMet, InvalidInput
-from graphprune.measure import interleaved
 from tests.randomise import seeded
 
 
@@ -116,58 +118,123 @@ def test_a_measured_budget_needs_something_that_measures():
 # ---- real networks
 
 
-def perceptron() -> tuple[nn.Module, Tensor]:
+def perceptron(rows: int = 16) -> tuple[nn.Module, Tensor]:
     with seeded(0):
         layers = [part for _ in range(4) for part in (nn.Linear(768, 768), nn.ReLU())]
-        return nn.Sequential(*layers, nn.Linear(768, 10)).eval(), torch.randn(512, 768)
+        return nn.Sequential(*layers, nn.Linear(768, 10)).eval(), torch.randn(rows, 768)
 
 
 def convolutions() -> tuple[nn.Module, Tensor]:
     with seeded(0):
         widths = [3, 64, 64, 64, 64]
         layers = [part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 576, 10)).eval(), torch.randn(4, 3, 24, 24)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 144, 10)).eval(), torch.randn(2, 3, 12, 12)
 
 
 def decoder() -> tuple[nn.Module, Tensor]:
     from tests.zoo import Decoder, SwiGLU
 
     with seeded(0):
-        return Decoder(lambda hidden: SwiGLU(hidden, 4096), hidden=128, layers=2).eval(), torch.randint(0, 61, (4, 64))
+        return Decoder(lambda hidden: SwiGLU(hidden, 1024), hidden=128, layers=2).eval(), torch.randint(0, 61, (2, 16))
 
 
 NETS = {"perceptron": perceptron, "convolutions": convolutions, "decoder": decoder}
 DROPS = {"perceptron": 0.1, "convolutions": 0.1, "decoder": 0.01}
 
 
+# ---- latency of real networks, by a clock that counts their work: no other work on the machine moves it
+
+
+class WorkClock:
+    """The time of a call is what it multiplies: 1 ms for a million FLOPs.
+
+    `load` slows the machine down: call by call it is up to so many times slower, and stays that way for some calls.
+    """
+
+    def __init__(self, load: float = 1.0) -> None:
+        self.load, self.random, self.slower, self.left = load, np.random.default_rng(0), 1.0, 0
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if self.left == 0:
+            self.slower, self.left = self.random.uniform(1.0, self.load), int(self.random.integers(3, 12))
+        self.left -= 1
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return self.slower * counter.get_total_flops() / 1e6
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Has every measurement of the library told by a `WorkClock`, seven rounds of it."""
+
+    def install(load: float) -> None:
+        monkeypatch.setattr(measure, "_wall_ms", WorkClock(load))
+        monkeypatch.setattr(trials, "SECONDS", 0.0)
+        monkeypatch.setattr(api, "MEASURE_SECONDS", 0.0)
+
+    return install
+
+
+def flops(model: nn.Module, x: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("name", "target"), [*((name, "60%") for name in NETS), ("perceptron", "85%")])
+def test_latency_ends_within_the_band(name: str, target: str, work: Callable[[float], None]) -> None:
+    work(1.0)
+    model, x = NETS[name]()
+    wanted = float(target[:-1]) / 100
+    result = gp.compile(model, x, budget={"latency_ms": target}, verify=False, min_keep=8)
+    dense, reached = result.plan.settings["measured"]["latency_ms"]
+    assert reached == pytest.approx(flops(result.module, x) / 1e6) and dense == pytest.approx(flops(model, x) / 1e6)
+    assert BAND[0] * wanted <= reached / dense <= wanted
+    assert (result.report.before.latency.median_ms, result.report.after.latency.median_ms) == pytest.approx((dense, reached))
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions"])
+def test_other_work_on_the_machine_slows_both_and_changes_little(name: str, work: Callable[[float], None]) -> None:
+    work(4.0)
+    model, x = NETS[name]()
+    result = gp.compile(model, x, budget={"latency_ms": "60%"}, verify=False, min_keep=8)
+    assert BAND[0] * 0.6 <= flops(result.module, x) / flops(model, x) <= BAND[1] * 0.6
+
+
+def test_milliseconds_and_parameters_at_once(work: Callable[[float], None]) -> None:
+    work(1.0)
+    model, x = perceptron()
+    now = flops(model, x) / 1e6
+    result = gp.compile(model, x, budget={"latency_ms": 3 * now, "params": "50%"}, verify=False)
+    assert 0.4 < result.report.after.params / result.report.before.params <= 0.5
+    result = gp.compile(model, x, budget={"latency_ms": 0.3 * now, "params": "50%"}, verify=False)
+    assert BAND[0] * 0.3 * now <= flops(result.module, x) / 1e6 <= 0.3 * now
+    with pytest.raises(BudgetNotMet, match="latency_ms"):
+        gp.compile(model, x, budget={"latency_ms": now / 1000}, pruning_ratio=0.2, verify=False)
+
+
+# ---- and by the real one, once
+
+
 def ratio(model: nn.Module, pruned: nn.Module, x: Tensor) -> float:
     """Time of the pruned network over that of the original, median over neighbouring calls."""
     with torch.no_grad():
-        found = interleaved({"a": lambda: model(x), "b": lambda: pruned(x)}, repeats=15, seconds=0.7)
+        found = measure.interleaved({"a": lambda: model(x), "b": lambda: pruned(x)}, repeats=15, seconds=0.7)
     return float(np.median(np.array(found["b"].times) / np.array(found["a"].times)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETS)
-def test_measured_latency_ends_within_the_band(name):
-    model, x = NETS[name]()
-    result = gp.compile(model, x, budget={"latency_ms": "60%"}, verify=False, min_keep=8)
-    wanted, slack = 0.6, 0.1  # other work on the machine, between the two measurements
-    found = min((ratio(model, result.module, x) for _ in range(3)), key=lambda r: abs(r - wanted))
-    assert BAND[0] * wanted - slack <= found <= BAND[1] * wanted + slack
+def test_measured_latency_ends_within_the_band() -> None:
+    wanted, noise = 0.6, 0.06  # `noise` is that of two measurements, the budget's and the one made here
+    model, x = perceptron(rows=512)
+    low, high = BAND[0] * wanted - noise, BAND[1] * wanted + noise
+    found: list[float] = []
+    while len(found) < 3 and not (found and low <= found[-1] <= high):  # a load that comes or goes in between is met by another try
+        result = gp.compile(model, x, budget={"latency_ms": f"{wanted:.0%}"}, verify=False, min_keep=8)
+        found.append(ratio(model, result.module, x))
+    assert low <= found[-1] <= high, found
     dense, reached = result.plan.settings["measured"]["latency_ms"]
     assert reached / dense <= BAND[1] * wanted and result.plan.entries
-
-
-@pytest.mark.slow
-def test_milliseconds_and_parameters_at_once():
-    model, x = perceptron()
-    with torch.no_grad():
-        now = interleaved({"a": lambda: model(x)}, repeats=20)["a"].median_ms
-    result = gp.compile(model, x, budget={"latency_ms": 3 * now, "params": "50%"}, verify=False)
-    assert 0.4 < result.report.after.params / result.report.before.params <= 0.5
-    with pytest.raises(BudgetNotMet, match="latency_ms"):
-        gp.compile(model, x, budget={"latency_ms": now / 1000}, pruning_ratio=0.2, verify=False)
 
 
 def closeness_to(model: nn.Module, x: Tensor):

@@ -63,7 +63,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"onnx": onnx_file(folder / "in.onnx", width=8), "checkpoint": folder / "checkpoint"}
 
 
-@pytest.mark.parametrize("torchvision", ["absent", pytest.param("present", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("torchvision", ["absent", "present"])
 @pytest.mark.parametrize("kind", ["onnx", "checkpoint"])
 def test_every_verb(kind: str, torchvision: str, sources: dict[str, Path], tmp_path: Path) -> None:
     if torchvision == "present" and importlib.util.find_spec("torchvision") is None:
@@ -106,7 +107,14 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the process is stopped at a file that /proc names")
-@pytest.mark.parametrize(("kind", "sent"), [("onnx", signal.SIGINT), ("onnx", signal.SIGKILL), ("checkpoint", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("onnx", signal.SIGINT),
+        pytest.param("onnx", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("checkpoint", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_in_mid_write(kind: str, sent: signal.Signals, sources: dict[str, Path], tmp_path: Path) -> None:
     """The old output stays as it was; what a killed process left goes with the next run."""
     out = tmp_path / ("out.onnx" if kind == "onnx" else "out")
@@ -123,7 +131,7 @@ def test_stopped_in_mid_write(kind: str, sent: signal.Signals, sources: dict[str
         assert process.stdout is not None and process.stdout.readline() == "waiting\n"
         assert len({p.name for p in tmp_path.iterdir()} - names) == 1 and contents(out) == before
         process.send_signal(sent)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == (130 if sent is signal.SIGINT else -sent), stderr
@@ -152,7 +160,7 @@ def test_interrupted_while_it_works(sources: dict[str, Path], tmp_path: Path) ->
         assert process.stdout is not None and process.stdout.readline() == "waiting\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130 and stderr.strip() == "error: interrupted; nothing was written"
