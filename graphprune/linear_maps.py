@@ -148,7 +148,7 @@ def linear_map(node: Node) -> LinearMap | None:
         return None
     if not weight.is_weight or weight.tensor is None:
         return None
-    shape = weight.shape or ()
+    shape: tuple[int, ...] = weight.shape or ()
     if "onv" in node.op_type:
         groups = int(node.args.get("groups") or node.args.get("group") or 1)
         plain = node.args.get("auto_pad", "NOTSET") in ("NOTSET", None, "VALID") and len(x.shape) == len(shape)
