@@ -502,7 +502,8 @@ def compile(
             importance, scope, repair = method.score, method.allocation, (*method.repair, *(r for r in repair if r not in method.repair))
             units = method.unit if tuple(units) == DEFAULT_UNITS else units  # type: ignore[assignment]
     if sparse and (pruning_ratio is not None or budget is not None):
-        raise InvalidInput("sparsity= and pattern= put zeros into weights and take no pruning_ratio or budget; cut units in a second call")
+        who = "sparsity= and pattern=" if method is None else f"recipe {method.name!r}, sparsity= and pattern="
+        raise InvalidInput(f"{who} put zeros into weights and take no pruning_ratio or budget; cut units in a second call")
     if not sparse and (sparsity is not None or pattern is not None):
         raise InvalidInput(f"recipe {method.name!r} removes units; it takes a pruning_ratio, no sparsity or pattern")  # type: ignore[union-attr]
     if pruning_ratio is None and budget is None and not repair and not sparse:

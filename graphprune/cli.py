@@ -63,8 +63,8 @@ def prune(
 ) -> None:
     """Remove the least important part of a network and save what is left.
 
-    A quarter of the units of every group goes, unless --ratio, --budget or --recipe say otherwise. The report tells how much smaller and
-    faster the result is, and whether the cut was proved right.
+    A quarter of the units of every group goes, unless --ratio or --budget say otherwise; --sparsity, --pattern and some recipes put zeros
+    into weights instead. The report tells how much smaller and faster the result is, and whether the cut was proved right.
     """
     arguments = planning.arguments()
     _outputs(source, out, plan_out, report)
@@ -74,7 +74,7 @@ def prune(
     with progress(talk, f"reading {source.name}"):
         model = _model(source, device if source.is_dir() else None)
         if calibration:
-            model = gp.capture(model)
+            model = _captured(model, calibration)
             arguments["calibration_data"] = read_samples(calibration, model.inputs)
         arguments |= {"backend": backend} if backend else {}
         place = None if source.is_dir() else device
@@ -131,7 +131,8 @@ def plan(
     from graphprune.samples import read_samples
 
     with progress(talk, f"reading {source.name}"):
-        program = gp.capture(_model(source, device))
+        model = _model(source, device)
+        program = _captured(model, calibration) if calibration else gp.capture(model)
         arguments |= {"calibration_data": read_samples(calibration, program.inputs)} if calibration else {}
         made = gp.plan(program, **arguments)
         if out is not None:
@@ -158,7 +159,7 @@ def apply(
     with progress(talk, f"reading {source.name}"):
         made, model, samples = gp.Plan.load(plan), _model(source, device), None
         if calibration:
-            model = gp.capture(model)
+            model = _captured(model, calibration)
             samples = read_samples(calibration, model.inputs)
         result = gp.apply(model, made, calibration_data=samples, verify=not no_verify)
         result.save(out)
@@ -286,6 +287,16 @@ def _model(path: Path, device: str | None = None) -> Any:
     from graphprune.results import load_result
 
     return placed(load_result(path), device)
+
+
+def _captured(model: Any, calibration: Path) -> Any:
+    """The program of a model; that of a checkpoint takes inputs of the sizes that the calibration samples have."""
+    import graphprune as gp
+    from graphprune.capture.huggingface import example_kwargs
+    from graphprune.samples import first_samples
+
+    made = None if isinstance(model, Path) else example_kwargs(model)
+    return gp.capture(model, first_samples(calibration, made) if made is not None else None)
 
 
 def _outputs(source: Path, out: Path | None, *others: Path | None) -> None:

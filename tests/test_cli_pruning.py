@@ -147,3 +147,15 @@ def test_recipes_are_listed():
     for width in (80, 120):
         lines = tables.plain(tables.methods(list(rows.values())), width).splitlines()
         assert max(map(len, lines)) <= width and {line.split(" ")[0] for line in lines} >= set(rows)
+
+
+def test_a_checkpoint_is_calibrated_at_the_length_of_the_samples(tmp_path):
+    llama().save_pretrained(tmp_path / "in")
+    np.savez(tmp_path / "data.npz", input_ids=np.random.default_rng(0).integers(0, 50, (6, 19)))
+    arguments = ("--recipe", "wanda_sp", "--ratio", "0.25", "--calibration", tmp_path / "data.npz")
+    shown = call("prune", tmp_path / "in", "-o", tmp_path / "out", *arguments)
+    assert shown.exit_code == 0 and "passed" in shown.stdout
+    assert gp.load(tmp_path / "out")(torch.zeros(1, 5, dtype=torch.long)).logits.shape[:2] == (1, 5)
+    np.savez(tmp_path / "wrong.npz", tokens=np.zeros((6, 19), int))
+    refused = call("prune", tmp_path / "in", "-o", tmp_path / "out", "--recipe", "wanda_sp", "--calibration", tmp_path / "wrong.npz")
+    assert refused.exit_code == 2 and "expected input_ids, found tokens" in refused.stderr
