@@ -1,6 +1,5 @@
 """Groups judged by what the loss would do if they went: Taylor expansions of first and second order at the trained weights."""
 
-from graphprune.allocation import Global
 from graphprune.importance import IMPORTANCES
 from graphprune.importance.gradients import obd, taylor_second
 from graphprune.recipes.recipe import Recipe
@@ -12,20 +11,18 @@ RECIPES = (
         paper="Molchanov et al. 2019, arXiv 1906.10771",
         formula="mean over batches of (sum w g)^2",
         score=IMPORTANCES["taylor"],
-        allocation=Global(),
         repair=("bn",),
-        deviations="every weight of the group takes part; the square is per batch; one shot, no fine-tuning between rounds, running "
-        "statistics are estimated again instead",
+        deviations="every weight of the group takes part; the square is per batch; one shot, every group at the same ratio: the paper's one "
+        "threshold for all layers empties some without the fine-tuning between its rounds; running statistics are estimated again",
     ),
     Recipe(
         name="obd",
         paper="LeCun et al. 1989, NIPS (optimal brain damage)",
         formula="sum w^2 E[g^2]",
         score=obd,
-        allocation=Global(),
         repair=("bn",),
-        deviations="units in place of single weights; no retraining, running statistics are estimated again instead; the diagonal of "
-        "the Hessian is that of the Fisher matrix, sample by sample",
+        deviations="units in place of single weights, every group at the same ratio; no retraining, running statistics are estimated again "
+        "instead; the diagonal of the Hessian is that of the Fisher matrix, sample by sample",
     ),
     Recipe(
         name="taylor_second",
