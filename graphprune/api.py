@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.calibration import noise, reread
+from graphprune.allocation import Measure
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
+from graphprune.decisions import decide
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.measure import interleaved
 from graphprune.plan import Plan
 from graphprune.prepare import PREPARATIONS
 from graphprune.program import Program, Value
-from graphprune.repair import DATA_FREE, check_repairs, repaired, replace_weight
+from graphprune.repair import DATA_FREE, repaired, replace_weight
 from graphprune.report import Footprint, Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
 from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
@@ -115,18 +116,22 @@ def plan(
     example_inputs: Any = None,
     *,
     remove: Mapping[str, Iterable[int]] | None = None,
-    kwargs=None,
-    dynamic_shapes=None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    measure: Measure | None = None,
     **planning: Any,
 ) -> Plan:
-    """Decide what goes, without cutting: explicit units (`remove={"group": [0, 7]}`), or the planning arguments of `compile`."""
-    from graphprune.planning import make_plan
+    """Decide what goes, without cutting.
 
-    program = capture(model, example_inputs, kwargs, dynamic_shapes)
+    Args:
+        remove: explicit units, `{"group": [0, 7]}`; then nothing else decides.
+        measure: what budgets of latency and accuracy are measured by, in place of building and timing each candidate.
+        planning: the arguments of `compile` that say what goes.
+    """
     if remove is not None:
-        return Plan.of(program, remove)
-    planning = {"measure": _trials(program, calibration_data=planning.get("calibration_data")), **planning}
-    return make_plan(program, **_known(make_plan, planning))
+        return Plan.of(capture(model, example_inputs, kwargs, dynamic_shapes), remove)
+    trials = _trials if measure is None else lambda program, **given: measure
+    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, **_known(decide, planning)).plan
 
 
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
@@ -145,7 +150,8 @@ def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     known = set(inspect.signature(function).parameters)
     unknown = set(given) - known
     if unknown:
-        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {', '.join(sorted(known - {'program', 'measure'}))}")
+        names = ", ".join(sorted(known - {"captured", "trials", "clock"}))
+        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {names}")
     return dict(given)
 
 
@@ -487,84 +493,37 @@ def compile(
     Raises:
         InvalidInput, CaptureError, NothingToPrune, BudgetNotMet, VerificationFailed: each says what, where and the way out.
     """
-    from graphprune.planning import make_masks, make_plan
-    from graphprune.recipes import recipe_of
-
-    method = recipe_of(recipe) if recipe is not None else None
-    sparse = method.sparse if method is not None else sparsity is not None or pattern is not None
-    if method is not None:
-        for name, value, usual in (("importance", importance, "magnitude"), ("scope", scope, "local")):
-            if value != usual:
-                raise InvalidInput(f"{name}={value!r} and recipe={method.name!r} both say what goes; leave one out")
-        if method.data and calibration_data is None:
-            raise InvalidInput(f"recipe {method.name!r} needs calibration_data: an iterable of inputs such as the network gets in use")
-        if not sparse:
-            importance, scope, repair = method.score, method.allocation, (*method.repair, *(r for r in repair if r not in method.repair))
-            units = method.unit if tuple(units) == DEFAULT_UNITS else units  # type: ignore[assignment]
-    if sparse and (pruning_ratio is not None or budget is not None):
-        who = "sparsity= and pattern=" if method is None else f"recipe {method.name!r}, sparsity= and pattern="
-        raise InvalidInput(f"{who} put zeros into weights and take no pruning_ratio or budget; cut units in a second call")
-    if not sparse and (sparsity is not None or pattern is not None):
-        raise InvalidInput(f"recipe {method.name!r} removes units; it takes a pruning_ratio, no sparsity or pattern")  # type: ignore[union-attr]
-    if pruning_ratio is None and budget is None and not repair and not sparse:
-        repair = DATA_FREE
-    noisy = method.noise if method is not None and calibration_data is None else 0
-    check_repairs(repair, () if noisy else calibration_data)
     if on_unknown not in ("freeze", "raise"):
         raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
     model = placed(model, device, backend)
     clock = _Clock()
-    with clock("capture"):
-        program = capture(model, example_inputs, kwargs, dynamic_shapes)
-    with clock("analysis"):
-        if on_unknown == "raise":
-            from graphprune.analysis import analyze
 
-            program.__dict__["analysis"] = analyze(program, on_unknown)
-        program.analysis  # noqa: B018
-    if calibration_data is not None and num_samples is not None:
-        import itertools
+    def captured() -> Program:
+        with clock("capture"):
+            program = capture(model, example_inputs, kwargs, dynamic_shapes)
+        with clock("analysis"):
+            if on_unknown == "raise":
+                from graphprune.analysis import analyze
 
-        calibration_data = list(itertools.islice(calibration_data, num_samples))
-    calibration_data, solved = noise(program, noisy, seed) if noisy else reread(calibration_data), None
-    if method is not None and method.prepare:
-        with clock("prepare"):
-            program = PREPARATIONS[method.prepare](program, calibration_data)
-    trials = _trials(program, backend, device, metric=metric, repair=repair, calibration_data=calibration_data)
-    dense = trials.dense if metric is not None else None  # before anything is changed in place
-    with clock("plan"):
-        if sparse:
-            made, solved = make_masks(
-                program, method, sparsity=sparsity, pattern=pattern, calibration_data=calibration_data, ignore=ignore, targets=targets,
-                repair=repair, loss=loss, seed=seed,
-            )  # fmt: skip
-        else:
-            made = make_plan(
-                program,
-                pruning_ratio=pruning_ratio,
-                budget=budget,
-                units=units,
-                importance=importance,
-                scope=scope,
-                ignore=ignore,
-                targets=targets,
-                round_to=round_to,
-                min_keep=min_keep,
-                repair=repair,
-                calibration_data=calibration_data,
-                loss=loss,
-                seed=seed,
-                measure=trials,
-            )
-            if method is not None and method.prepare:
-                made = replace(made, settings={**made.settings, "prepare": method.prepare})
+                program.__dict__["analysis"] = analyze(program, on_unknown)
+            program.analysis  # noqa: B018
+        return program
+
+    made = decide(
+        captured, partial(_trials, backend=backend, device=device), clock,
+        recipe=recipe, pruning_ratio=pruning_ratio, budget=budget, units=units, sparsity=sparsity, pattern=pattern, importance=importance,
+        scope=scope, ignore=ignore, targets=targets, round_to=round_to, min_keep=min_keep, repair=repair, calibration_data=calibration_data,
+        num_samples=num_samples, loss=loss, metric=metric, seed=seed,
+    )  # fmt: skip
+    dense = made.trials.dense if metric is not None else None  # before anything is changed in place
     result = _apply(
-        program, made, calibration_data=calibration_data, backend=backend, inplace=inplace, verify=verify, solved=solved, device=device,
-        prepared=True,
+        made.program, made.plan, calibration_data=made.data, backend=backend, inplace=inplace, verify=verify, solved=made.solved,
+        device=device, prepared=True,
     )  # fmt: skip
     if dense is not None:
         name = getattr(metric, "__name__", "metric")
-        result.report = replace(result.report, quality={"metric" if name == "<lambda>" else name: (dense, trials.quality(result.module))})
+        quality = {"metric" if name == "<lambda>" else name: (dense, made.trials.quality(result.module))}
+        result.report = replace(result.report, quality=quality)
     result.report = replace(
         result.report, seconds={**clock.seconds, **{k: v for k, v in result.report.seconds.items() if k not in ("capture", "analysis")}}
     )

@@ -36,6 +36,7 @@ recipes
 planning
 pass_manager
 passes
+decisions
 backends
 results
 api

@@ -539,3 +539,11 @@ def test_moments_of_the_standardised_variance_have_no_mean():
             found = scores_of(RECIPES["flap"].score, group, statistics)
             assert float(found.mean()) == pytest.approx(0, abs=1e-5) and float(found.std(correction=0)) == pytest.approx(1, abs=1e-4)
     assert isinstance(statistics.observed("moments")[next(iter(statistics.linear))], Moments)
+
+
+@pytest.mark.parametrize("arguments", [{"recipe": "wanda", "sparsity": 0.5}, {"recipe": "wanda_sp", "pruning_ratio": 0.3}, {"pattern": "2:4"}])
+def test_a_plan_alone_is_the_plan_of_compile(arguments):
+    case = TINY["gqa"]()
+    data = [case.args[0]]
+    plan = gp.plan(case.module, case.args, calibration_data=data, num_samples=1, **arguments)
+    assert plan.hash == gp.compile(case.module, case.args, calibration_data=data, **arguments).plan.hash

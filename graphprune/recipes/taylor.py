@@ -12,7 +12,7 @@ RECIPES = (
         formula="mean over batches of (sum w g)^2",
         score=IMPORTANCES["taylor"],
         repair=("bn",),
-        deviations="every weight of the group takes part; the square is per batch; one shot, every group at the same ratio: the paper's one "
+        deviations="every weight of the group takes part; the square is per batch; one shot, all groups at one ratio: the paper's one "
         "threshold for all layers empties some without the fine-tuning between its rounds; running statistics are estimated again",
     ),
     Recipe(
