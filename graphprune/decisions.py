@@ -18,7 +18,6 @@ from graphprune.prepare import PREPARATIONS
 from graphprune.program import Program
 from graphprune.recipes import recipe_of
 from graphprune.repair import DATA_FREE, check_repairs
-from graphprune.trials import Trials
 from graphprune.units import DEFAULT_UNITS
 
 Clock = Callable[[str], AbstractContextManager[Any]]  # times a stage
@@ -32,12 +31,12 @@ class Decision:
     plan: Plan
     data: Any  # calibration data that can be read again; None without
     solved: Mapping[str, Tensor] | None  # weights that the masks' own repair came to
-    trials: Trials
+    trials: Any  # what measured budgets were tried on: `Trials`, or a `measure` of the caller
 
 
 def decide(
     captured: Callable[[], Program],
-    trials: Callable[..., Trials],
+    trials: Callable[..., Any],
     clock: Clock = lambda stage: nullcontext(),
     *,
     recipe: Any = None,
