@@ -125,7 +125,9 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
         if all(_is_empty(v) for v in node.outputs):
             continue  # nothing in it that could move
         rule = RULES.get(node.op)
-        if rule is None and not node.blocks:
+        tensors = any(v.shape is not None or v in engine.parts or v in shapeless for v in node.inputs)
+        of_sizes = not node.blocks and not tensors
+        if rule is None and not node.blocks and not of_sizes:
             engine.unknown.setdefault(node.op, []).append(node)
             if on_unknown == "raise":
                 raise UnsupportedOp(
@@ -138,7 +140,7 @@ def analyze(program: Program, on_unknown: str = "freeze", free_border: bool = Fa
             engine.unsupported(Reason.FIXED if rule is not None or node.blocks else Reason.NO_RULE)
             engine.seal_indexes()
             continue
-        if not node.blocks and not any(v.shape is not None or v in engine.parts for v in node.inputs):
+        if of_sizes:
             engine.unsupported(Reason.DYNAMIC)  # made of sizes that are known only when the model runs
             continue
         if node.blocks:
