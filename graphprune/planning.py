@@ -32,7 +32,7 @@ from graphprune.program import Program
 from graphprune.recipes import RECIPES, Recipe
 from graphprune.sparsity import UPDATES, NOfM, Pattern, Swaps, Unstructured, Weights, pattern_of, solve_masks
 from graphprune.surgery.cut import Cut
-from graphprune.units import DEFAULT_UNITS, UNITS, Group
+from graphprune.units import DEFAULT_UNITS, MADE_BY_CONSTANTS, UNITS, Group
 
 log = logging.getLogger("graphprune")
 
@@ -71,7 +71,8 @@ def make_plan(
             multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
         importance: a name of `IMPORTANCES`, an `Importance`, or a callable `group -> scores`.
         scope: "local", "global", "isomorphic", or a scope object such as `Global(per="macs")`.
-        ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`.
+        ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`. Axes that constants of the
+            code make are cut only where `targets` or `pruning_ratio` names them: see `Group.spared`.
         remove: explicit units by group name; then nothing else decides.
         loss: `loss(output)` or `loss(output, batch)`, for gradient scores.
         measure: builds candidates and measures them, for the budgets `latency_ms` and `accuracy_drop`; `compile` brings it.
@@ -101,9 +102,11 @@ def make_plan(
     wanted = selection.produced(targets) if targets else None
     capped = budget is not None or isinstance(rivals, Local)  # elsewhere the ratio is that of all rivals together
     statistics = Statistics(program, calibration_data, loss, seed, (*getattr(criterion, "needs", ()), *getattr(rivals, "needs", ())))
+    named = selection.produced([pattern for pattern in pruning_ratio if pattern != "*"]) if isinstance(pruning_ratio, Mapping) else set()
+    spared = {g.name for g in analysis.groups if g.spared} - (wanted or set()) - named
     meant = [
         g for g in analysis.groups
-        if g.kind in kinds and g.name not in left_out and (wanted is None or g.name in wanted) and ratios[g.name] != 0
+        if g.kind in kinds and g.name not in left_out | spared and (wanted is None or g.name in wanted) and ratios[g.name] != 0
     ]  # fmt: skip
     pace = _paces(rivals, meant, ratios, statistics)
     steps: dict[str, list[int]] = {}
@@ -117,7 +120,7 @@ def make_plan(
     ]
     asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
     if not candidates and not asks_for_nothing:
-        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
     sizes, timed = split(budget)
     measured = Measured(timed, measure) if timed else None
     if hasattr(rivals, "search"):
@@ -127,7 +130,7 @@ def make_plan(
     else:
         removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:
-        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, steps))
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
     settings = _settings(locals()) | ({"measured": {k: list(v) for k, v in measured.found.items()}} if measured is not None else {})
     plan = Plan.of(program, removed, repair, settings)
     Cut(analysis, plan.removed)  # states the constraints a second time, by its own code
@@ -222,7 +225,14 @@ def _paces(rivals: Any, groups: Sequence[Group], ratios: Mapping[str, float | No
     return pace
 
 
-def _why(analysis: Analysis, kinds: set[str], left_out: set[str], wanted: set[str] | None, steps: Mapping[str, list[int]]) -> str:
+def _why(
+    analysis: Analysis,
+    kinds: set[str],
+    left_out: set[str],
+    wanted: set[str] | None,
+    spared: set[str],
+    steps: Mapping[str, list[int]],
+) -> str:
     """Why nothing can go: what the filters left, and what froze the rest."""
     groups = analysis.groups
     parts = []
@@ -236,6 +246,8 @@ def _why(analysis: Analysis, kinds: set[str], left_out: set[str], wanted: set[st
             parts.append("ignore covers all that units allows")
         elif wanted is not None and not any(g.name in wanted and g.name not in left_out for g in of_kind):
             parts.append("targets names none that units allows")
+        elif all(g.name in left_out | spared for g in of_kind):
+            parts.append(f"of those that units allows: {MADE_BY_CONSTANTS}")
         elif steps:
             parts.append("ratio, round_to and min_keep leave no unit to remove in any of them")
     frozen = Counter(why.reason.value for _, _, why in analysis.frozen_axes())

@@ -25,6 +25,9 @@ class Role(Enum):
     CARRIER = "carrier"  # norm scales, biases, tables
 
 
+MADE_BY_CONSTANTS = "no weight makes it, constants in the code do; cut only where targets or pruning_ratio names the group"
+
+
 class Exactness(Enum):
     """What removing a zeroed unit does to the rest of the network; computed, not declared."""
 
@@ -67,6 +70,15 @@ class Group:
     min_keep: int = 1  # a top-k over the axis needs at least k units
     atom: Any = field(default=None, repr=False)  # the factor of the axis algebra behind it
     note: str = ""  # the node that makes it renormalised or approximate
+
+    @property
+    def spared(self) -> str:
+        """Why the group is cut only where it is named; empty for most groups.
+
+        An axis that no weight makes comes from constants in the user's code, such as the angles of a time embedding: cut, it would leave
+        a network that this code cannot express.
+        """
+        return MADE_BY_CONSTANTS if all(m.role is Role.READER for m in self.members) else ""
 
     @property
     def parameters(self) -> int:

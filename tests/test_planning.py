@@ -17,6 +17,8 @@ from graphprune.errors import BudgetNotMet, InvalidInput, NothingToPrune
 from graphprune.plan import Plan
 from graphprune.planning import make_plan
 from graphprune.program import Program
+from graphprune.report import GroupSummary
+from graphprune.report.tables import explanation, inventory, plain
 from graphprune.surgery import Cut, apply_cut
 from graphprune.units import UNITS
 from graphprune.verify.certificate import certify
@@ -322,6 +324,40 @@ def test_targets_cut_what_a_layer_produces(end):
     program = program_of("resnet")
     plan = make_plan(program, pruning_ratio=0.5, targets=[pattern])
     assert list(plan.removed) == ["body.2.branch.1.0:channel"]
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of a time, whose frequencies the code makes, through a small network."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, time):
+        angles = time[:, None] * torch.exp(-torch.arange(6) / 6)
+        return self.down(torch.relu(self.up(torch.cat([angles.sin(), angles.cos()], -1))))
+
+
+def test_an_axis_that_constants_make_is_cut_only_where_it_is_named():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        program = capture_torch(TimeEmbedding(), (torch.tensor([0.5, 7.0]),))
+    hidden, made = "up:neuron", "up:neuron.2"
+    assert program.analysis.by_name[made].spared and not program.analysis.by_name[hidden].spared
+    assert [m.tensor for m in program.analysis.by_name[made].members] == ["up.weight"]
+    for given in ({"pruning_ratio": 0.5}, {"pruning_ratio": {"*": 0.5}}, {"budget": {"params": "80%"}}, {"pruning_ratio": 0.5, "targets": ["up"]}):
+        assert list(make_plan(program, **given).removed) == [hidden]
+    for given in ({"pruning_ratio": 0.5, "targets": [made]}, {"pruning_ratio": {made: 0.5}}, {"pruning_ratio": 0.5, "targets": ["*:neuron.2"]}):
+        plan = make_plan(program, **given)
+        assert list(plan.removed) == [made]
+    cut = Cut(program.analysis, plan.removed)
+    assert certify(program, apply_cut(program, cut), cut, seeds=(0,)).passed
+    with pytest.raises(NothingToPrune, match="no weight makes it, constants in the code do; cut only where targets"):
+        make_plan(program, pruning_ratio=0.5, ignore=["down"])
+    (kept,) = [row for row in explanation(program.explain("up.weight")) if row["axis"] == 1]
+    assert kept["prunable"] and "constants in the code do" in kept["why"]
+    shown = plain(inventory([GroupSummary.of(group) for group in program.groups], ()))
+    assert " ".join(shown.split()).count("cut only where targets or") == 1
 
 
 def test_op_patterns_know_both_dialects():

@@ -330,12 +330,13 @@ if (data.shapes.length) {
   }), { once: true });
 } else byId("shapes").remove();
 
-function members([, , , , , , note, list]) {
+function members([, , , , , , note, list, spared]) {
   const items = list.map((member) => {
     const [, name, axis, role] = member.match(/^(.*)\[(\d+)\] (\w+)$/) || [null, member, "", ""];
     return el("li", {}, el("code", {}, breakable(name)), el("em", {}, axis && ` axis ${axis}, ${role}`));
   });
-  return [note && el("p", {}, `Decided at node `, el("code", {}, note), "."), el("ul", { class: "members" }, items)].filter(Boolean);
+  const why = spared && el("p", {}, `Left as it is: ${spared}.`);
+  return [why, note && el("p", {}, `Decided at node `, el("code", {}, note), "."), el("ul", { class: "members" }, items)].filter(Boolean);
 }
 
 if (data.groups.length) {

@@ -102,7 +102,7 @@ def data(report: Report) -> dict[str, Any]:
             hints[it.reason][it.hint] = None
     return {
         "layers": [[c.name, c.op, *c.params, *c.macs, *(c.width or (None, None)), *(c.ms or (None, None))] for c in report.costs],
-        "groups": [[g.name, g.kind, g.size, g.kept, g.parameters, g.exact, g.note, list(g.members)] for g in report.groups],
+        "groups": [[g.name, g.kind, g.size, g.kept, g.parameters, g.exact, g.note, list(g.members), g.spared] for g in report.groups],
         "shapes": [[it.name, it.before, it.after] for it in report.layers],
         "frozen": [[reason, MEANINGS.get(reason, ""), list(hints[reason]), rows] for reason, rows in reasons.items()],
     }

@@ -72,12 +72,13 @@ class GroupSummary:
     parameters: int  # weight entries that one unit owns
     members: tuple[str, ...]  # "conv1.weight[0] writer"
     note: str = ""  # the node that makes it renormalised or approximate
+    spared: str = ""  # why it is cut only where it is named
 
     @classmethod
     def of(cls, group: Group, kept: int | None = None) -> GroupSummary:
         members = tuple(f"{m.tensor}[{m.axis}] {m.role.value}" for m in group.members)
         kept = group.size if kept is None else kept
-        return cls(group.name, group.kind, group.size, kept, group.exact.value, group.parameters, members, group.note)
+        return cls(group.name, group.kind, group.size, kept, group.exact.value, group.parameters, members, group.note, group.spared)
 
 
 @dataclass(frozen=True)

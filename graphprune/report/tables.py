@@ -235,6 +235,8 @@ def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everythi
             line = f"{escape(group.name if everything else tail(group.name, 34))}  {plural(group.size, 'unit')} x {count(group.parameters)}"
             line += f" in {plural(len(group.members), 'tensor')}"
             leaf = branch.add(line + ("" if group.exact == "exact" else f"  [yellow]{group.exact}[/]"))
+            if group.spared:
+                leaf.add(Text(group.spared, style="yellow"))
             for member in group.members if everything else ():
                 leaf.add(Text(member, style="dim"))
     kept = Tree(f"[bold]not prunable[/]: {len(frozen)}")
@@ -263,7 +265,7 @@ def explanation(rows: Iterable[tuple[str, int, Any]]) -> list[dict[str, Any]]:
     found = []
     for tensor, axis, what in rows:
         name = getattr(what, "name", None)
-        verdict = f"{what.size} units of group {name}" if name is not None else str(what)
+        verdict = f"{what.size} units of group {name}" + (f"; {what.spared}" if what.spared else "") if name is not None else str(what)
         found.append({"weight": tensor, "axis": axis, "prunable": name is not None, "why": verdict})
     return found
 
