@@ -6,6 +6,9 @@ Products are found in three places: linear modules, which change their class and
 (`generate`, caches, hooks, names) does not notice; `aten.linear` nodes of graphs that stand in for a module; MatMul and Gemm nodes of a
 network that came as ONNX. Anything else with zeros (convolutions, stacked experts) runs dense, and is listed as such.
 
+Layers that read the same value (queries, keys and values; gate and up) become one product with their weights side by side, where that
+was measured to be faster: one large product fills a GPU better than three small ones.
+
 Weights keep their names and stay the parameters: while they are trained, a product is `x (W * mask)^T`, so zeros stay zeros; else it
 reads the compressed copy, which follows the weights (after an optimizer step, `load_state_dict`, `.to`). A compiled module
 looks for changes at `eval()` and `load_state_dict` only.
@@ -15,8 +18,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -28,19 +34,20 @@ from graphprune.backends.kernels import KERNELS, block_sparse, library
 from graphprune.backends.kernels.base import ACTIVATIONS, Kernel, Packed, check_weight
 from graphprune.errors import InvalidInput
 from graphprune.execute.module import ProgramModule
-from graphprune.program import Node, Value
+from graphprune.program import Node, Program, Value
 
 FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
 TOKENS = (1, 16, 2048)  # where it is decided: one sequence and a batch that decode, and prefill
 WASTE = 1.1  # blocks may store so many times the weights that are kept
+GAIN = 1.03  # what weights side by side must gain over one product each
 FEWEST_ZEROS = 0.1  # of a weight without a plan, to count as masked
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One masked weight and what was decided about it, by number of tokens."""
+    """One masked weight, or several side by side, and what was decided about it, by number of tokens."""
 
-    name: str
+    name: str  # of several: joined by " + "
     shape: tuple[int, ...]
     density: float
     decisions: tuple[Decision, ...]
@@ -68,28 +75,58 @@ def sparse_module(
     source: nn.Module = result if isinstance(result, nn.Module) else result.module
     root = _copied(source)
     masks = _masks(root, None if isinstance(result, nn.Module) else result.plan.masks)
-    products: dict[tuple[int, bool], Product] = {}
-    placed: dict[str, tuple[Decision, ...]] = {}
+    factors: dict[tuple[int, bool], Factor] = {}
     for site in _sites(root):
-        weight = getattr(site.owner, site.attribute)
-        name, mask = masks.get(id(weight), ("", None))
-        if mask is None:
-            continue
-        key = id(weight), site.transposed
-        if key not in products:
-            judge = gate or Gate(device if device is not None else weight.device)
-            products[key] = Product(site, mask, tuple(sorted(tokens)), judge, force)
-        site.place(products[key])
-        placed[name] = products[key].decisions
+        if id(site.held) in masks:
+            name, mask = masks[id(site.held)]
+            factor = factors.setdefault((id(site.held), site.transposed), Factor(name, mask.T if site.transposed else mask, []))
+            factor.sites.append(site)
+
+    def make(*side_by_side: Factor) -> Product:
+        where = device if device is not None else side_by_side[0].sites[0].held.device
+        return Product(side_by_side, tuple(sorted(tokens)), gate or Gate(where), force)
+
+    layers: dict[str, Layer] = {}
+    for several in _side_by_side(getattr(result, "program", None), factors.values()):
+        product, single = make(*several), [make(it) for it in several]
+        chosen = [product] if len(several) == 1 or force or product.beats(single) else single
+        parts = [several] if len(chosen) == 1 else [(it,) for it in several]
+        for product, part in zip(chosen, parts):
+            for index, factor in enumerate(part):
+                for site in factor.sites:
+                    site.place(product, index)
+            layers |= dict.fromkeys([it.name for it in part], _layer(part, product.decisions))
     _fuse(root)
-    elsewhere = "dense products only: what multiplies with it is no linear layer"
-    root.__dict__["sparse_layers"] = tuple(
-        Layer(
-            name, tuple(mask.shape), float(mask.float().mean()), placed.get(name) or tuple(Decision("dense", n, elsewhere) for n in tokens)
-        )
-        for name, mask in masks.values()
-    )
+    elsewhere = tuple(Decision("dense", n, "dense products only: what multiplies with it is no linear layer") for n in tokens)
+    for name, mask in masks.values():
+        layers.setdefault(name, _layer([Factor(name, mask, [])], elsewhere))
+    root.__dict__["sparse_layers"] = tuple({id(it): it for it in (layers[name] for name, _ in masks.values())}.values())
     return root
+
+
+def _layer(factors: Sequence[Factor], decisions: tuple[Decision, ...]) -> Layer:
+    shape = sum(it.mask.shape[0] for it in factors), *factors[0].mask.shape[1:]
+    kept = sum(int(it.mask.sum()) for it in factors) / max(1, prod(shape))
+    return Layer(" + ".join(it.name for it in factors), shape, kept, decisions)
+
+
+def _side_by_side(program: Program | None, factors: Iterable[Factor]) -> Iterator[tuple[Factor, ...]]:
+    """Every factor once, those together that multiply the same value of the graph."""
+    alone = {it.name: it for it in factors if len(it.sites) == 1}
+    readers: dict[Value, list[Factor]] = {}
+    uses: Counter[str] = Counter()
+    for node in program.nodes if program is not None else ():
+        if node.op_type in ("linear", "MatMul", "Gemm") and len(node.inputs) > 1 and (factor := alone.get(node.inputs[1].name)):
+            uses[factor.name] += 1
+            readers.setdefault(node.inputs[0], []).append(factor)
+    together = {
+        id(it): (*several,)
+        for several in readers.values()
+        if all(uses[it.name] == 1 and it.kind == several[0].kind for it in several)
+        for it in several
+    }
+    groups = [together.get(id(it), (it,)) for it in factors]
+    yield from {id(group[0]): group for group in groups}.values()
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -123,12 +160,36 @@ def _masks(root: nn.Module, planned: Mapping[str, Tensor] | None) -> dict[int, t
 
 @dataclass(frozen=True)
 class Site:
-    """A product with a weight: who holds it, whether as (columns, rows), and how another one takes its place."""
+    """A product with a weight: who holds it, whether as (columns, rows), and how (the nth part of) another one takes its place."""
 
     owner: nn.Module
     attribute: str
     transposed: bool
-    place: Callable[[Product], None]
+    place: Callable[[Product, int], None]
+
+    @property
+    def held(self) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, columns)."""
+        return self.held.T if self.transposed else self.held
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A masked weight and everything that multiplies with it."""
+
+    name: str
+    mask: Tensor  # (rows, columns)
+    sites: list[Site]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Weights of the same kind can be laid side by side."""
+        held = self.sites[0].held
+        return self.mask.shape[1], held.dtype, held.device
 
 
 def _sites(root: nn.Module) -> Iterator[Site]:
@@ -147,10 +208,11 @@ class SparseForward(nn.Module):
     """What a linear layer with a masked weight does."""
 
     product: Product
+    part: int
     bias: Any
 
     def forward(self, x: Tensor, activation: str = "") -> Tensor:
-        return self.product(x, self.bias, activation)
+        return self.product(x, self.bias, activation, self.part)
 
 
 class SparseLinear(SparseForward, nn.Linear):
@@ -163,9 +225,9 @@ def _sparse(kind: Any) -> type[nn.Module]:
     return type(f"Sparse{kind.__name__}", (SparseForward, kind), {})
 
 
-def _change_class(layer: Any, kind: type[nn.Module], product: Product) -> None:
+def _change_class(layer: Any, kind: type[nn.Module], product: Product, part: int) -> None:
     layer.__class__ = kind
-    layer.product = product
+    layer.product, layer.part = product, part
 
 
 def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
@@ -176,11 +238,11 @@ def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
             yield Site(module.get_submodule(path), attribute, False, functools.partial(_replace_node, module, node))
 
 
-def _replace_node(module: fx.GraphModule, node: fx.Node, product: Product) -> None:
+def _replace_node(module: fx.GraphModule, node: fx.Node, product: Product, part: int) -> None:
     name = f"product_{node.name}"
     module.add_submodule(name, product)
     with module.graph.inserting_before(node):
-        new = module.graph.call_module(name, (node.args[0], *node.args[2:]))
+        new = module.graph.call_module(name, (node.args[0], *node.args[2:]), {"part": part})
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
@@ -202,20 +264,20 @@ def _program_sites(module: ProgramModule) -> Iterator[Site]:
             yield Site(module, module.names[weight.name], transposed, place)
 
 
-class Products(dict[Node, tuple["Product", str]]):
-    """Node -> what is run in its place, and which of its arguments is the bias."""
+class Products(dict[Node, tuple["Product", int, str]]):
+    """Node -> what is run in its place, which part of that it is, and which of its arguments is the bias."""
 
     def __call__(self, node: Node, args: Mapping[str, Any], compute: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
         if node not in self:
             return compute(args)
-        product, bias = self[node]
-        return (product(args["A"], args[bias] if bias else None),)
+        product, part, bias = self[node]
+        return (product(args["A"], args[bias] if bias else None, part=part),)
 
 
-def _intercept(module: ProgramModule, node: Node, bias: str, product: Product) -> None:
+def _intercept(module: ProgramModule, node: Node, bias: str, product: Product, part: int) -> None:
     module.add_module(f"product_{len(module._modules)}", product)
     module.intercept = module.intercept or Products()
-    module.intercept[node] = (product, bias)  # type: ignore[index]
+    module.intercept[node] = (product, part, bias)  # type: ignore[index]
 
 
 # ---- one product
@@ -244,16 +306,18 @@ class Stored(nn.Module):
 
 
 class Product(nn.Module):
-    """y = act(x W^T + bias) for the weight of a site and its mask."""
+    """y = act(x W^T + bias) for masked weights: of one layer, or of several that read the same x, side by side."""
 
     bits: Tensor
 
-    def __init__(self, site: Site, mask: Tensor, tokens: Sequence[int], gate: Gate, force: str | bool) -> None:
+    def __init__(self, factors: Sequence[Factor], tokens: Sequence[int], gate: Gate, force: str | bool) -> None:
         super().__init__()
-        self.source = (site.owner, site.attribute, site.transposed)  # a tuple, so that the owner does not become a part
-        mask = mask.T if site.transposed else mask
-        self.register_buffer("bits", _packed_bits(mask.to(self.weight.device)), persistent=False)
+        self.sites = tuple(it.sites[0] for it in factors)  # a tuple, so that the owners do not become parts
+        ends = [*accumulate(it.mask.shape[0] for it in factors)]
+        self.rows = tuple(zip((0, *ends), ends))  # of each weight
+        self.register_buffer("bits", _packed_bits(torch.cat([it.mask.to(self.sites[0].held.device) for it in factors])), persistent=False)
         self.state: tuple[Any, ...] = ()
+        self.shared: tuple[Tensor, int, Tensor] | None = None  # an x, its version and the product, until all layers took their part
         with torch.no_grad():
             full = self._full()
             takes = [(kernel, options) for kernel, options in _formats(full) if force in (False, True, kernel.name)]
@@ -265,33 +329,59 @@ class Product(nn.Module):
             self.formats = nn.ModuleDict({name: Stored(FORMATS[name].pack(full, **options)) for name, options in self.options.items()})
         self.steps = tuple((d.tokens, d.path, d.config) for d in self.decisions)
         self.refresh()
-        site.owner.register_load_state_dict_post_hook(functools.partial(_loaded, self))
+        for site in self.sites:
+            site.owner.register_load_state_dict_post_hook(functools.partial(_loaded, self))
+
+    def beats(self, single: Sequence[Product]) -> bool:
+        """Whether one product was measured to be faster than one for each weight, and is slower for no number of tokens."""
+        gains = []
+        for together, *each in zip(self.decisions, *(it.decisions for it in single)):
+            if together.sparse:
+                times = [it.sparse_us if it.sparse else it.dense_us for it in each]
+                gains.append(sum(times) / together.sparse_us if None not in times and together.sparse_us else 0.0)  # type: ignore[arg-type]
+            else:
+                gains.append(0.0 if any(it.sparse for it in each) else 1.0)
+        return min(gains) >= 1.0 and max(gains) > GAIN
 
     @property
     def weight(self) -> Tensor:
-        """(rows, columns)."""
-        owner, attribute, transposed = self.source
-        return getattr(owner, attribute).T if transposed else getattr(owner, attribute)
+        """(rows, columns), of all layers."""
+        weights = [site.weight for site in self.sites]
+        return torch.cat(weights) if len(weights) > 1 else weights[0]
 
-    def mask(self) -> Tensor:
-        """(rows, columns) bool, on the weight's device."""
-        shape = self.weight.shape
+    def mask(self, part: int | None = None) -> Tensor:
+        """(rows, columns) bool, of all layers or of one, on the weight's device."""
         flags = (self.bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.bits.device)) & 1
-        return flags.bool().flatten()[: shape[0] * shape[1]].reshape(shape)
+        rows, columns = self.rows[-1][1], self.sites[0].weight.shape[1]
+        whole = flags.bool().flatten()[: rows * columns].reshape(rows, columns)
+        return whole if part is None else whole[slice(*self.rows[part])]
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
-        weight = self.weight
+    def forward(self, x: Tensor, bias: Tensor | None = None, activation: str = "", part: int = 0) -> Tensor:
+        """The rows of one layer, the nth `part`."""
+        weight = self.sites[part].weight
         trains, compiling = torch.is_grad_enabled() and weight.requires_grad, torch.compiler.is_compiling()
         if trains and (compiling or self.training or not self.formats):
-            return ACTIVATIONS[activation](F.linear(x, weight * self.mask(), bias))
+            return ACTIVATIONS[activation](F.linear(x, weight * self.mask(part), bias))
         if not compiling:
             self.refresh()
         if trains:
-            return SparseForwards.apply(x, weight, bias, self, activation)
+            return SparseForwards.apply(x, weight, bias, self, activation, part)
         path, config = self._path(x.numel() // max(1, x.shape[-1]))
         if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product
             return ACTIVATIONS[activation](F.linear(x, weight, bias))
-        return FORMATS[path].linear(x, self.formats[path], bias, activation, config)
+        if len(self.sites) == 1:
+            return FORMATS[path].linear(x, self.formats[path], bias, activation, config)
+        y = self._shared(x, path, config, part)[..., slice(*self.rows[part])].contiguous()
+        return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+    def _shared(self, x: Tensor, path: str, config: str, part: int) -> Tensor:
+        """The product for all layers: the first that is called with an x computes it, the last lets go of it."""
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version  # x may be written between two layers
+        held = self.shared
+        if held is None or held[0] is not x or held[1] != version:
+            held = x, version, FORMATS[path].linear(x, self.formats[path], None, "", config)
+        self.shared = held if part < len(self.sites) - 1 else None
+        return held[2]
 
     def _path(self, tokens: int) -> tuple[str, str]:
         for most, path, config in self.steps:
@@ -305,18 +395,18 @@ class Product(nn.Module):
         return super().train(mode)
 
     def refresh(self) -> None:
-        """Compress the weight again if it changed, and mask what was written over zeros."""
-        owner, attribute, _ = self.source
-        held = getattr(owner, attribute)
-        if held.is_meta or _state(held) == self.state:
+        """Compress the weights again if one changed, and mask what was written over zeros."""
+        state = tuple(_state(site.held) for site in self.sites)
+        if self.sites[0].held.is_meta or state == self.state:
             return
         with torch.no_grad():
-            if bool((self.weight[~self.mask()] != 0).any()):
-                self.weight.mul_(self.mask())
-            full = self._full() if self.formats else held
+            for part, site in enumerate(self.sites):
+                if bool((site.weight[~self.mask(part)] != 0).any()):
+                    site.weight.mul_(self.mask(part))
+            full = self._full() if self.formats else None
             for name, stored in self.formats.items():
                 stored.take(FORMATS[name].pack(full, **self.options[name]))  # type: ignore[operator]
-        self.state = _state(held)
+        self.state, self.shared = tuple(_state(site.held) for site in self.sites), None
 
     def _full(self) -> Tensor:
         """The weight with no zero where the mask keeps it: kernels store what is not zero, and the places must not depend on values."""
@@ -333,20 +423,20 @@ class SparseForwards(torch.autograd.Function):
     """A product in evaluation mode where gradients happen to be enabled: by the kernel; backwards, if ever, as the dense masked product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, activation: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, activation: str, part: int) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.product, ctx.activation = product, activation
-        return product(x, bias, activation)
+        ctx.product, ctx.activation, ctx.part = product, activation, part
+        return product(x, bias, activation, part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             pairs = zip(ctx.saved_tensors, ctx.needs_input_grad)
             leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
-            y = ACTIVATIONS[ctx.activation](F.linear(leaves[0], leaves[1] * ctx.product.mask(), leaves[2]))
+            y = ACTIVATIONS[ctx.activation](F.linear(leaves[0], leaves[1] * ctx.product.mask(ctx.part), leaves[2]))
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads))
-        return *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves), None, None
+        return *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves), None, None, None
 
 
 def _loaded(product: Product, module: nn.Module, keys: Any) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,10 @@ def kernels_of(module: nn.Module) -> set[str]:
     return {d.path for layer in module.sparse_layers for d in layer.decisions}
 
 
+def weights_of(module: nn.Module) -> set[str]:
+    return {name for layer in module.sparse_layers for name in layer.name.split(" + ")}
+
+
 # ---- dense and sparse compute the same
 
 
@@ -84,12 +89,71 @@ def test_without_a_gpu_every_layer_is_dense_and_the_report_says_why(result):
 @pytest.mark.parametrize("tokens", (1, 3))
 def test_sparse_module_equals_the_dense_masked_module(result, tokens):
     module, kernel = forced(result), PATTERNS[result.plan.settings["pattern"]]
-    assert kernels_of(module) == {kernel} and {layer.name for layer in module.sparse_layers} == set(result.plan.masks)
+    assert kernels_of(module) == {kernel} and weights_of(module) == set(result.plan.masks)
     x = torch.randn(tokens, 48)
     with torch.no_grad():
         torch.testing.assert_close(module(x), result.module(x), **CLOSE)
         module.up.product.formats[kernel].values.mul_(1.1)
         assert not torch.allclose(module(x), result.module(x), rtol=1e-3), "what is computed with is not what the kernel holds"
+
+
+# ---- layers that read the same value
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Rows of every sparse product that is computed."""
+    rows: list[int] = []
+    for name, kernel in list(FORMATS.items()):
+
+        def linear(x, packed, *rest, kernel=kernel):
+            rows.append(packed.shape[0])
+            return kernel.linear(x, packed, *rest)
+
+        monkeypatch.setitem(FORMATS, name, replace(kernel, linear=linear))
+    return rows
+
+
+def test_layers_that_read_the_same_value_are_one_product(result, launched):
+    module, x = forced(result), torch.randn(2, 48)
+    assert module.up.product is module.gate.product and module.up.product.rows == ((0, 80), (80, 160))
+    assert "gate.weight + up.weight" in {layer.name for layer in module.sparse_layers}
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), result.module(x), **CLOSE)
+        assert launched == [160, 48, 48] and module.up.product.shared is None
+        torch.testing.assert_close(module.up(x), result.module.up(x), **CLOSE)  # on its own it stays a linear layer
+        gate, up = module.gate(x), module.up(x.clone())
+        torch.testing.assert_close((gate, up), (result.module.gate(x), result.module.up(x)), **CLOSE)
+        module.gate(x)
+        x.mul_(2)
+        torch.testing.assert_close(module.up(x), result.module.up(x), **CLOSE)  # x was written since
+
+
+def test_one_graph_computes_the_common_product_once(result):
+    module, x = forced(result), torch.randn(2, 48)
+    graphs: list = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend=keep)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), result.module(x), **CLOSE)
+    ops = [str(node.target) for graph in graphs for node in graph.graph.nodes if "graphprune" in str(node.target)]
+    assert len(graphs) == 1 and len(ops) == 3, ops
+    assert module.up.product.shared is None
+
+
+@pytest.mark.parametrize("faster, joined", ((1.2, True), (0.9, False)))
+def test_weights_lie_side_by_side_only_where_that_is_faster(tmp_path, faster, joined):
+    def measure(kernel, packed, weight, tokens):
+        return Measurement(weight.shape[0] * 2.0, weight.shape[0] / (faster if weight.shape[0] > 80 else 1.0), "tile")
+
+    gate = Gate("cpu", Table(tmp_path, "test"), measure=measure, roof=Roof(1e9, 1e10, 0.0))
+    module = sparse_module(pruned(), gate=gate, tokens=(1,))
+    assert (module.up.product is module.gate.product) is joined and kernels_of(module) == {"block_sparse"}
 
 
 def test_few_and_many_tokens_take_different_paths():
