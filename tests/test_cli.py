@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, one line per mistake, data on stdout, nothing half-written."""
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import onnx
 import pytest
 import torch
 from onnx import helper
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 from typer.testing import CliRunner
 
 from graphprune import errors, options, terminal
@@ -21,6 +24,7 @@ from graphprune.cli import app
 from graphprune.program import Kind, Value
 from graphprune.samples import read_samples
 from tests.test_report import onnx_file
+from tests.test_results import llama
 
 VERBS = ("prune", "inspect", "explain", "plan", "apply", "verify", "bench", "diff", "recipes", "demo")
 ROOT = Path(__file__).parent.parent
@@ -53,6 +57,19 @@ def with_unknown_op(path):
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.acme", 1)]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], weights), opset_imports=opsets, ir_version=8), path)
     return path
+
+
+def of_two_minds(forward):
+    """`forward`, but what it returns depends on the sign of a sum: no graph can hold that."""
+
+    @functools.wraps(forward)
+    def branching(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.logits.sum() > 0:
+            output.logits = 2 * output.logits
+        return output
+
+    return branching
 
 
 def test_an_unknown_op_is_left_alone_and_named(tmp_path):
@@ -122,9 +139,11 @@ def test_help_answers_without_loading_torch():
         (("prune", "LONELY", "-o", "OUT"), "lonely.bin, which does not exist"),
         (("prune", "SHORT", "-o", "OUT"), "the file is truncated"),
         (("prune", "UNKNOWN", "-o", "OUT", "--on-unknown", "raise"), "no dim rule for com.acme::Mystery (node 'odd')"),
+        (("prune", "DATA", "-o", "OUT_FOLDER", "--ratio", "0.5"), "(if output.logits.sum() > 0:): its control flow is data-dependent"),
+        (("inspect", "DATA"), "torch.export rejects LlamaForCausalLM at test_cli.py:"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, arguments, message, monkeypatch):
     (tmp_path / "truncated.onnx").write_bytes(model.read_bytes()[:120])
     (tmp_path / "folder").mkdir()
     names = {"IN": model, "OUT": tmp_path / "out.onnx", "FOLDER": tmp_path / "folder", "README": ROOT / "README.md"}
@@ -138,6 +157,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, model, arguments, messa
     with_unknown_op(names["UNKNOWN"])
     names["KEYS"] = tmp_path / "keys.npz"
     np.savez(names["KEYS"], image=np.ones((4, 3), np.float32))
+    if "DATA" in arguments:
+        names |= {"DATA": tmp_path / "data", "OUT_FOLDER": tmp_path / "out"}
+        llama().save_pretrained(names["DATA"])
+        disable_progress_bar()  # a process of its own does so before it imports transformers
+        monkeypatch.setattr(LlamaForCausalLM, "forward", of_two_minds(LlamaForCausalLM.forward))
     before = sorted(tmp_path.rglob("*"))
     shown = call(*(names.get(a, a) for a in arguments))
     assert shown.exit_code == 2, shown.output

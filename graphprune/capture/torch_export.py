@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.capture.known_values import KnownValues
+from graphprune.capture.rejection import quiet, rejection
 from graphprune.errors import CaptureError, InvalidInput
 from graphprune.program import Kind, Node, Program, Value, substitute
 
@@ -46,17 +47,17 @@ def capture_torch(
     """Export a module in evaluation mode and view the result as a `Program`. The module is left as it was.
 
     Raises:
-        CaptureError: torch.export rejects the module; the message holds its reason.
+        CaptureError: torch.export rejects the module; the message holds its reason and the line of code.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(module, torch.jit.ScriptModule):
         raise InvalidInput("a ScriptModule has no Python source to export; give the nn.Module that it was made from, or its ONNX export")
     with evaluating(module), torch.no_grad(), _scans(), _settled(), KnownValues(module) as values:
         try:
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with quiet():
+                exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CaptureError(f"torch.export rejects {type(module).__name__}: {first}") from error
+            raise CaptureError(rejection(module, error)) from error
     graph_module = _inlined(_unlifted(exported))
     if values.assumed:
         _compare(module, graph_module, args, kwargs)
