@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from graphprune.backends.gate import Decision, Gate
 from graphprune.backends.kernels import KERNELS, block_sparse, library
-from graphprune.backends.kernels.base import ACTIVATIONS, Kernel, Packed, check_weight
+from graphprune.backends.kernels.base import ACTIVATIONS, EXPAND, Kernel, Packed, check_weight
 from graphprune.errors import InvalidInput
 from graphprune.execute.module import ProgramModule
 from graphprune.program import Node, Program, Value
@@ -54,8 +54,9 @@ class Layer:
 
 
 def sparse_module(
-    result: Any, *, tokens: Sequence[int] = TOKENS, force: str | bool = False, gate: Gate | None = None, device: Any = None
-) -> nn.Module:
+    result: Any, *, tokens: Sequence[int] = TOKENS, force: str | bool = False, gate: Gate | None = None, device: Any = None,
+    keep_dense: bool = True,
+) -> nn.Module:  # fmt: skip
     """A module that computes what `result.module` computes, sparse where that is faster; it shares its weights.
 
     Args:
@@ -64,6 +65,8 @@ def sparse_module(
         force: for tests: the kernel of this name, or True for the first that takes a weight, without asking whether it is fast.
         gate: decides; by default one for the device of the weights.
         device: where the gate measures; by default where the weights are.
+        keep_dense: whether weights that are also stored compressed stay on the device. False saves their memory: they move to the host's,
+            cannot be trained, and a call with so many tokens that dense is faster expands the compressed ones first, every time.
 
     Raises:
         InvalidInput: `force` is no kernel, or `tokens` is empty.
@@ -86,6 +89,8 @@ def sparse_module(
         where = device if device is not None else side_by_side[0].sites[0].held.device
         return Product(side_by_side, tuple(sorted(tokens)), gate or Gate(where), force)
 
+    placed: list[tuple[Product, Factor]] = []
+
     layers: dict[str, Layer] = {}
     for several in _side_by_side(getattr(result, "program", None), factors.values()):
         product, single = make(*several), [make(it) for it in several]
@@ -93,15 +98,26 @@ def sparse_module(
         parts = [several] if len(chosen) == 1 else [(it,) for it in several]
         for product, part in zip(chosen, parts):
             for index, factor in enumerate(part):
+                placed.append((product, factor))
                 for site in factor.sites:
                     site.place(product, index)
             layers |= dict.fromkeys([it.name for it in part], _layer(part, product.decisions))
+    for product, factor in placed:
+        if not keep_dense and product.formats:
+            product.expands = True
+            _to_host(factor)
     _fuse(root)
     elsewhere = tuple(Decision("dense", n, "dense products only: what multiplies with it is no linear layer") for n in tokens)
     for name, mask in masks.values():
         layers.setdefault(name, _layer([Factor(name, mask, [])], elsewhere))
     root.__dict__["sparse_layers"] = tuple({id(it): it for it in (layers[name] for name, _ in masks.values())}.values())
     return root
+
+
+def _to_host(factor: Factor) -> None:
+    held = nn.Parameter(factor.sites[0].held.detach().cpu(), requires_grad=False)
+    for site in factor.sites:
+        setattr(site.owner, site.attribute, held)
 
 
 def _layer(factors: Sequence[Factor], decisions: tuple[Decision, ...]) -> Layer:
@@ -317,6 +333,7 @@ class Product(nn.Module):
         self.rows = tuple(zip((0, *ends), ends))  # of each weight
         self.register_buffer("bits", _packed_bits(torch.cat([it.mask.to(self.sites[0].held.device) for it in factors])), persistent=False)
         self.state: tuple[Any, ...] = ()
+        self.expands = False  # dense products from the compressed weight, because the dense one is not on the device
         self.shared: tuple[Tensor, int, Tensor] | None = None  # an x, its version and the product, until all layers took their part
         with torch.no_grad():
             full = self._full()
@@ -367,6 +384,8 @@ class Product(nn.Module):
         if trains:
             return SparseForwards.apply(x, weight, bias, self, activation, part)
         path, config = self._path(x.numel() // max(1, x.shape[-1]))
+        if path == "dense" and self.expands:
+            path, config = next(iter(self.options)), EXPAND
         if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product
             return ACTIVATIONS[activation](F.linear(x, weight, bias))
         if len(self.sites) == 1:
@@ -401,8 +420,9 @@ class Product(nn.Module):
             return
         with torch.no_grad():
             for part, site in enumerate(self.sites):
-                if bool((site.weight[~self.mask(part)] != 0).any()):
-                    site.weight.mul_(self.mask(part))
+                mask = self.mask(part).to(site.held.device)
+                if bool((site.weight[~mask] != 0).any()):
+                    site.weight.mul_(mask)
             full = self._full() if self.formats else None
             for name, stored in self.formats.items():
                 stored.take(FORMATS[name].pack(full, **self.options[name]))  # type: ignore[operator]
@@ -410,7 +430,7 @@ class Product(nn.Module):
 
     def _full(self) -> Tensor:
         """The weight with no zero where the mask keeps it: kernels store what is not zero, and the places must not depend on values."""
-        weight, mask = self.weight.detach(), self.mask()
+        weight, mask = self.weight.detach().to(self.bits.device), self.mask()
         info = torch.finfo(weight.dtype)
         least = max(info.smallest_normal * info.eps, 2.0**-126)  # of what is not zero in any arithmetic
         return torch.where(mask, torch.where(weight == 0, least, weight), 0.0).to(weight.dtype)

@@ -1,12 +1,15 @@
-"""Decoding with sparse weights, end to end: tokens per second of a Llama-shaped bf16 model, dense against blocks, 2:4 and unstructured zeros.
+"""Decoding with sparse weights, end to end: tokens per second of a Llama-shaped bf16 model, dense against blocks, 2:4, unstructured zeros and
+fewer units.
 
-    python -m benchmarks.decode [--layers 8] [--batch 1] [--prompt 2048] [--only block:64x64=0.8,2:4=0.5] [--json FILE]
+    python -m benchmarks.decode [--layers 8] [--batch 1] [--prompt 2048] [--only block:64x64=0.8,2:4=0.5,structured=0.3] [--json FILE]
     python -m benchmarks.decode --smoke      tiny, on any machine: kernels in Triton's interpreter, correctness only means something
 
 Layers have the sizes of Llama-3-8B, random weights, masks by magnitude; the vocabulary is smaller, so that its head does not hide the
 layers. The gate decides by measurement, layer by layer, and its answers are printed. Nothing is timed before every sparse product agreed
-with float64, and the logits of prefill and of a decoding step with those of the dense masked model. A decoding step is compiled into one
-graph (`fullgraph=True`), captured in a CUDA graph with a static cache and replayed; steps of the models alternate. Prefill is one call.
+with float64, and the logits of prefill and of a decoding step with those of the dense masked model. A decoding step, and prefill of the
+whole prompt, are each compiled into one graph (`fullgraph=True`), captured in a CUDA graph with a static cache and replayed, the dense
+model's and the sparse one's in turns. Memory is that of all weights on the device: once beside the dense weights, once in their place
+(`keep_dense=False`).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,8 @@ from torch import Tensor, nn
 
 import tests.torchvision_ops  # noqa: F401  transformers imports torchvision too, where it is installed
 
-PATTERNS = "block:64x64=0.8,block:64x64=0.9,2:4=0.5,unstructured=0.5,unstructured=0.7"
-SMOKE_PATTERNS = "block:16x16=0.5,2:4=0.5,unstructured=0.5"
+PATTERNS = "block:64x64=0.8,2:4=0.5,unstructured=0.5,unstructured=0.6,unstructured=0.7,structured=0.3"
+SMOKE_PATTERNS = "block:16x16=0.5,2:4=0.5,unstructured=0.5,structured=0.5"
 SPARE = 16  # places in the cache for warming up
 LOGITS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # relative error of logits: roundings of all layers add up
 
@@ -86,7 +89,6 @@ class Decoder:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.sizes.prompt)
 
-    @torch.no_grad()
     def prefill(self) -> Tensor:
         """Logits of the last position, from an empty cache."""
         self.cache.reset()
@@ -122,22 +124,29 @@ def check(module: nn.Module, masked: nn.Module, sizes: Sizes, tokens: tuple[int,
     return errors
 
 
-def stepper(decoder: Decoder) -> Callable[[], Any]:
-    """One decoding step, compiled into one graph; on a GPU a replay of a CUDA graph."""
-    decoder.prefill()
-    on_gpu = decoder.ids.is_cuda
-    compiled = torch.compile(decoder.step, fullgraph=True, backend="inductor" if on_gpu else "aot_eager", dynamic=False)
+def graph(call: Callable[[], Tensor], on_gpu: bool) -> Callable[[], Any]:
+    """A call compiled into one graph; on a GPU a replay of a CUDA graph."""
+    compiled = torch.compile(call, fullgraph=True, backend="inductor" if on_gpu else "aot_eager", dynamic=False)
 
     def step() -> Tensor:
         with torch.no_grad():
             return compiled()
 
+    step()
     if not on_gpu:
-        step()
         return step
     from graphprune.backends.timing import capture
 
     return capture([step]).replay
+
+
+def device_bytes(module: nn.Module) -> int:
+    """Memory of all parameters and buffers that are not on the host, each storage once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    parts = [getattr(it, name) for it in tensors if hasattr(it, "__tensor_flatten__") for name in it.__tensor_flatten__()[0]]
+    plain = [it for it in (*tensors, *parts) if not hasattr(it, "__tensor_flatten__")]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu").type
+    return sum({it.data_ptr(): it.untyped_storage().nbytes() for it in plain if it.device.type == device}.values())
 
 
 def seconds(call: Callable[[], Any], decoder: Decoder, repeats: int) -> float:
@@ -157,17 +166,16 @@ def compared(dense: nn.Module, sparse: nn.Module, sizes: Sizes) -> dict[str, tup
     found: dict[str, tuple[float, float]] = {}
     decoders = [Decoder(it, sizes) for it in (dense, sparse)]
     torch.compiler.reset()  # graphs of earlier models count against a limit
-    pairs: dict[str, tuple[list[Callable[[], Any]], int]] = {
-        "decode": ([stepper(it) for it in decoders], sizes.steps), "prefill": ([it.prefill for it in decoders], 1)
-    }  # fmt: skip
-    for what, (calls, repeats) in pairs.items():
+    on_gpu = decoders[0].ids.is_cuda
+    for what, repeats in (("prefill", 1), ("decode", sizes.steps)):
+        calls = [graph(it.prefill if what == "prefill" else it.step, on_gpu) for it in decoders]
         turns = range(7 if torch.cuda.is_available() else 1)
         rounds = [[seconds(call, it, repeats) for call, it in zip(calls, decoders)] for _ in turns]
         found[what] = (statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds))
     return found
 
 
-def run(patterns: str, sizes: Sizes, smoke: bool) -> list[dict[str, Any]]:
+def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
     import graphprune as gp
     from graphprune.backends.base import lower
     from graphprune.report import KernelChoice, tables
@@ -176,29 +184,41 @@ def run(patterns: str, sizes: Sizes, smoke: bool) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     dense = make(sizes, device, dtype)
     tokens = tuple(sorted({sizes.batch, sizes.batch * sizes.prompt}))
-    rows = []
+    ids = torch.ones(2, 4, dtype=torch.long, device=device)
     for item in patterns.split(","):
         pattern, _, sparsity = item.partition("=")
-        ids = torch.ones(2, 4, dtype=torch.long, device=device)
-        result = gp.compile(
-            dense, {"input_ids": ids, "use_cache": False}, sparsity=float(sparsity), pattern=pattern, verify=False, progress=False
-        )  # fmt: skip
-        module = lower(result, "triton", tokens=tokens, force=smoke)
-        print(f"\n== {pattern}, {float(sparsity):.0%} zeros, {sizes.layers} layers, batch {sizes.batch}, {dtype} on {device}")
-        print(tables.plain(tables.kernels(KernelChoice.of(module.sparse_layers))))  # type: ignore[arg-type]
-        errors = check(module, result.module, sizes, tokens)
-        print("correct: " + ", ".join(f"{what} off by {error:.1e}" for what, error in errors.items()))
+        structured = pattern == "structured"
+        options = {"pruning_ratio": float(sparsity)} if structured else {"sparsity": float(sparsity), "pattern": pattern}
+        print(f"\n== {pattern}, {float(sparsity):.0%}, {sizes.layers} layers, batch {sizes.batch}, {dtype} on {device}")
+        result = gp.compile(dense, {"input_ids": ids, "use_cache": False}, verify=structured, progress=False, **options)
+        row = {"pattern": pattern, "sparsity": float(sparsity), "sizes": vars(sizes), "device": device}
+        row["memory"] = {"dense": device_bytes(dense)}
+        if structured:
+            assert result.certificate is not None and result.certificate.passed, str(result.certificate)
+            module = result.module
+            row["errors"] = {"certificate": result.certificate.error}
+            row["memory"]["pruned"] = device_bytes(module)
+        else:
+            module = lower(result, "triton", tokens=tokens, force=smoke)
+            print(tables.plain(tables.kernels(KernelChoice.of(module.sparse_layers))))  # type: ignore[arg-type]
+            row["errors"] = check(module, result.module, sizes, tokens)
+            lean = lower(result, "triton", tokens=tokens, force=smoke, keep_dense=False)
+            with torch.no_grad():
+                error = relative(Decoder(lean, sizes).prefill(), Decoder(module, sizes).prefill())
+            assert error < LOGITS[dtype], f"without the dense weights prefill is off by {error:.1e}"
+            row["memory"] |= {"beside the dense weights": device_bytes(module), "in their place": device_bytes(lean)}
+            del lean
+        print("correct: " + ", ".join(f"{what} off by {error:.1e}" for what, error in row["errors"].items()))
+        print("weights on the device: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in row["memory"].items()))
         times = compared(dense, module, sizes)
-        row = {"pattern": pattern, "sparsity": float(sparsity), "sizes": vars(sizes), "device": device, "errors": errors}
         for what, (a, b) in times.items():
             each = sizes.batch * (sizes.prompt if what == "prefill" else 1)
-            row[what] = {"dense_tokens_per_s": each / a, "sparse_tokens_per_s": each / b, "speedup": a / b}
-            print(f"{what}: dense {each / a:,.1f} tokens/s, sparse {each / b:,.1f} tokens/s, {a / b:.2f}x")
-        rows.append(row)
+            row[what] = {"dense_tokens_per_s": each / a, "pruned_tokens_per_s": each / b, "speedup": a / b}
+            print(f"{what}: dense {each / a:,.1f} tokens/s, pruned {each / b:,.1f} tokens/s, {a / b:.2f}x", flush=True)
+        yield row
         del result, module
     if smoke:
         print("\nsmoke test: the numbers of an interpreter say nothing about speed")
-    return rows
 
 
 def main() -> None:
@@ -214,9 +234,10 @@ def main() -> None:
     given = {name: getattr(options, name) for name in ("layers", "batch", "prompt", "steps") if getattr(options, name) is not None}
     sizes = Sizes(**{**vars(SMOKE if options.smoke else Sizes()), **given})
     torch.set_num_threads(1 if options.smoke else torch.get_num_threads())
-    rows = run(options.only or (SMOKE_PATTERNS if options.smoke else PATTERNS), sizes, options.smoke)
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1))
+    for row in run(options.only or (SMOKE_PATTERNS if options.smoke else PATTERNS), sizes, options.smoke):
+        if options.json is not None:
+            with options.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

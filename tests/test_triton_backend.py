@@ -239,6 +239,21 @@ def test_gradients_are_those_of_the_dense_masked_module(result, training):
     assert torch.allclose(module(x), outputs[0]) == training, "in evaluation mode the kernel computes, with or without gradients"
 
 
+def test_dense_weights_can_leave_the_device(result):
+    module = lower(result, "triton", force=True, tokens=(1, 64), keep_dense=False)
+    up, x = module.up, torch.randn(64, 48)
+    assert up.product.expands and not up.weight.requires_grad and up.weight is not result.module.up.weight
+    before = {name: tensor.clone() for name, tensor in result.module.state_dict().items()}
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+    up.product.steps = tuple((count, "dense", "") for count, _, _ in up.product.steps)
+    with torch.no_grad():
+        expected, twice = result.module(x), 2 * F.linear(x, result.module.up.weight) + 2 * result.module.up.bias
+        up.weight.data.fill_(float("nan"))  # not what is multiplied with
+        torch.testing.assert_close(module(x), expected, **CLOSE)
+        module.load_state_dict({name: 2 * tensor for name, tensor in before.items()})
+        torch.testing.assert_close(module.up(x), twice, **CLOSE)
+
+
 def test_weights_that_are_loaded_are_masked_and_compressed(result):
     module = copy.deepcopy(forced(result))
     with seeded(7):
@@ -317,7 +332,7 @@ def test_decoding_benchmark_runs_on_any_machine():
     command = [sys.executable, "-m", "benchmarks.decode", "--smoke", "--only", "block:16x16=0.5"]
     shown = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
     assert shown.returncode == 0, shown.stderr[-2000:]
-    assert "block_sparse: forced" in shown.stdout and "correct: product off by" in shown.stdout and "decode: dense" in shown.stdout
+    assert "block_sparse: forced" in shown.stdout and "correct: product off by" in shown.stdout and "decode: dense" in shown.stdout and "in their place" in shown.stdout
 
 
 def onnx_mlp(path) -> None:
