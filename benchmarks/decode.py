@@ -161,18 +161,24 @@ def seconds(call: Callable[[], Any], decoder: Decoder, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def compared(dense: nn.Module, sparse: nn.Module, sizes: Sizes) -> dict[str, tuple[float, float]]:
-    """Seconds of (dense, sparse), in turns, for a decoding step and for prefill."""
-    found: dict[str, tuple[float, float]] = {}
-    decoders = [Decoder(it, sizes) for it in (dense, sparse)]
-    torch.compiler.reset()  # graphs of earlier models count against a limit
-    on_gpu = decoders[0].ids.is_cuda
-    for what, repeats in (("prefill", 1), ("decode", sizes.steps)):
-        calls = [graph(it.prefill if what == "prefill" else it.step, on_gpu) for it in decoders]
-        turns = range(7 if torch.cuda.is_available() else 1)
-        rounds = [[seconds(call, it, repeats) for call, it in zip(calls, decoders)] for _ in turns]
-        found[what] = (statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds))
-    return found
+class Running:
+    """A model ready to be timed: prefill and a step of decoding, each one graph."""
+
+    def __init__(self, model: nn.Module, sizes: Sizes) -> None:
+        self.decoder = Decoder(model, sizes)
+        torch.compiler.reset()  # graphs of earlier models count against a limit; what was captured stays
+        on_gpu = self.decoder.ids.is_cuda
+        self.calls = {"prefill": graph(self.decoder.prefill, on_gpu), "decode": graph(self.decoder.step, on_gpu)}
+
+    def seconds(self, what: str) -> float:
+        return seconds(self.calls[what], self.decoder, 1 if what == "prefill" else self.decoder.sizes.steps)
+
+
+def compared(dense: Running, pruned: Running) -> dict[str, tuple[float, float]]:
+    """Median seconds of (dense, pruned), in turns."""
+    turns = range(7 if dense.decoder.ids.is_cuda else 1)
+    rounds = {what: [(dense.seconds(what), pruned.seconds(what)) for _ in turns] for what in dense.calls}
+    return {what: (statistics.median(a for a, _ in times), statistics.median(b for _, b in times)) for what, times in rounds.items()}
 
 
 def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
@@ -185,6 +191,7 @@ def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
     dense = make(sizes, device, dtype)
     tokens = tuple(sorted({sizes.batch, sizes.batch * sizes.prompt}))
     ids = torch.ones(2, 4, dtype=torch.long, device=device)
+    running = Running(dense, sizes)
     for item in patterns.split(","):
         pattern, _, sparsity = item.partition("=")
         structured = pattern == "structured"
@@ -210,7 +217,7 @@ def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
             del lean
         print("correct: " + ", ".join(f"{what} off by {error:.1e}" for what, error in row["errors"].items()))
         print("weights on the device: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in row["memory"].items()))
-        times = compared(dense, module, sizes)
+        times = compared(running, Running(module, sizes))
         for what, (a, b) in times.items():
             each = sizes.batch * (sizes.prompt if what == "prefill" else 1)
             row[what] = {"dense_tokens_per_s": each / a, "pruned_tokens_per_s": each / b, "speedup": a / b}
