@@ -28,7 +28,7 @@ from graphprune.prepare import PREPARATIONS
 from graphprune.program import Program, Value
 from graphprune.repair import DATA_FREE, repaired, replace_weight
 from graphprune.report import Footprint, Frozen, GroupSummary, KernelChoice, Latency, PassRecord, Report, changes
-from graphprune.sparsity import UPDATES, apply_masks, pattern_of, repair_masked
+from graphprune.sparsity import UPDATES, masked_tensors, masks_after, pattern_of, repair_masked
 from graphprune.surgery import Cut, apply_cut
 from graphprune.trials import Trials, paired
 from graphprune.units import DEFAULT_UNITS
@@ -124,14 +124,16 @@ def plan(
     """Decide what goes, without cutting.
 
     Args:
-        remove: explicit units, `{"group": [0, 7]}`; then nothing else decides.
+        remove: explicit units, `{"group": [0, 7]}`, or `{"model.layers.3": [0]}` for a whole block; then nothing else decides.
         measure: what budgets of latency and accuracy are measured by, in place of building and timing each candidate.
         planning: the arguments of `compile` that say what goes.
     """
     if remove is not None:
         return Plan.of(capture(model, example_inputs, kwargs, dynamic_shapes), remove)
     trials = _trials if measure is None else lambda program, **given: measure
-    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, **_known(decide, planning)).plan
+    from graphprune.backends.widths import widths_of
+
+    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths_of, **_known(decide, planning)).plan
 
 
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
@@ -147,10 +149,10 @@ def _trials(program: Program, backend: str = "torch", device: Any = None, **give
 
 def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call, or an error that lists the known ones."""
-    known = set(inspect.signature(function).parameters)
+    known = {name for name, it in inspect.signature(function).parameters.items() if it.kind is it.KEYWORD_ONLY}
     unknown = set(given) - known
     if unknown:
-        names = ", ".join(sorted(known - {"captured", "trials", "clock"}))
+        names = ", ".join(sorted(known))
         raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {names}")
     return dict(given)
 
@@ -282,14 +284,14 @@ def _apply(
     cut = Cut(program.analysis, removed)
     with clock("surgery"):
         pruned = apply_cut(program, cut)
-        zeroed, masks = apply_masks(program, cut, plan.masks)
+        masks = masks_after(program, cut, plan.masks)
         dense = {name: pruned.weights[name].tensor for name in masks}
-        for name, mask in masks.items():
+        for name, mask in masks.items() if verify or not solved else ():  # weights that are solved come masked
             replace_weight(pruned, name, dense[name] * mask.to(dense[name].device))  # type: ignore[union-attr, operator]
     certificate = None
     if verify:
         with clock("verify"):
-            certificate = _certificate(program, pruned, cut, plan, verify, zeroed)
+            certificate = _certificate(program, pruned, cut, plan, verify, masked_tensors(program, plan.masks))
     module, written, notes = None, None, []
     repairs = [name for name in plan.repair if calibration_data is not None or name in DATA_FREE or (solved and name in UPDATES)]
     if len(repairs) < len(plan.repair):
@@ -429,6 +431,7 @@ def _report(
         layers=changes({n: v.shape or () for n, v in program.weights.items()}, {n: v.shape or () for n, v in pruned.weights.items()}),
         costs=layer_costs(program, cut, times[0]),
         timing=times[1],
+        rounding=str(plan.settings.get("rounding", "")),
         groups=tuple(GroupSummary.of(g, g.size - len(cut.removed.get(g.name, ()))) for g in analysis.groups),
         not_prunable=tuple(frozen.values()),
         passes=(PassRecord("structured", seconds.get("surgery", 0.0), f"{before.params - after.params} parameters removed"),),
@@ -485,6 +488,8 @@ def compile(
         importance: "magnitude", "magnitude_l1", "bn_scale", "random", "fpgm", "lamp", "taylor", or a callable `group -> scores`.
         scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
         ignore, targets: exact names, globs, "re:...", "op:Conv".
+        round_to: keep multiples of this; "auto" is what was measured on the device that the network is on, else 8 from a width of 64 on.
+            A GPU is measured on first use, some seconds; a CPU by `graphprune bench --widths` alone. The report says which it was.
         calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data.
         backend: what runs the result and is timed: "torch", "onnxruntime", or "triton", where layers with zeros in their weights run by
             sparse kernels if these were measured to be faster on the device at hand.
@@ -509,8 +514,10 @@ def compile(
             program.analysis  # noqa: B018
         return program
 
+    from graphprune.backends.widths import widths_of
+
     made = decide(
-        captured, partial(_trials, backend=backend, device=device), clock,
+        captured, partial(_trials, backend=backend, device=device), clock, partial(widths_of, backend=backend, device=device),
         recipe=recipe, pruning_ratio=pruning_ratio, budget=budget, units=units, sparsity=sparsity, pattern=pattern, importance=importance,
         scope=scope, ignore=ignore, targets=targets, round_to=round_to, min_keep=min_keep, repair=repair, calibration_data=calibration_data,
         num_samples=num_samples, loss=loss, metric=metric, seed=seed,
@@ -536,7 +543,7 @@ def verify(original: Source, pruned: Source, plan: Plan) -> Certificate:
     cut = Cut(program.analysis, plan.resolve(program))
     if len(program.inputs) != len(other.inputs):
         raise InvalidInput(f"the original takes {len(program.inputs)} inputs, the pruned network {len(other.inputs)}")
-    certificate = certify(program, other, cut, plan_hash=plan.hash, zeroed=apply_masks(program, cut, plan.masks)[0])
+    certificate = certify(program, other, cut, plan_hash=plan.hash, zeroed=masked_tensors(program, plan.masks))
     if certificate.status == "failed" and plan.repair:
         raise InvalidInput(
             f"the plan names the repair {', '.join(plan.repair)}: kept weights were changed on purpose, so this is not the masked network. "

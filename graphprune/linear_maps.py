@@ -54,6 +54,11 @@ class LinearMap:
         return matrix if self.input_axis == 2 else matrix.mT.contiguous()
 
     @property
+    def reads(self) -> Any:
+        """Equal for maps whose rows are equal."""
+        return (self.x, self._rows) if self._rows is _whole else self.node
+
+    @property
     def window_axes(self) -> bool:
         return "onv" in self.node.op_type
 

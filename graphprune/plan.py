@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from graphprune.blocks import named_blocks
 from graphprune.errors import InvalidInput
 from graphprune.files import atomic_path
 from graphprune.program import Program, Value
@@ -48,17 +50,18 @@ class Plan:
     def of(
         cls, program: Program, removed: Mapping[str, Iterable[int]], repair: Iterable[str] = (), settings: Mapping[str, Any] | None = None
     ) -> Plan:
-        """The plan that removes these units of the groups of `program`.
+        """The plan that removes these units of the groups of `program`; the name of a block, as its unit 0, is that of all its branches.
 
         Raises:
             InvalidInput: a group of this name does not exist or has fewer units.
         """
         groups = program.analysis.by_name
+        blocks = named_blocks(program) if any(name not in groups for name in removed) else {}
         entries = {}
-        for name, units in removed.items():
-            units = tuple(sorted(set(map(int, units))))
+        for name, given in ((part, units) for key, units in removed.items() for part in blocks.get(key, [key])):
+            units = tuple(sorted(set(map(int, given))))
             if name not in groups:
-                raise InvalidInput(f"no group is named {name!r}; `graphprune inspect` lists the names")
+                raise InvalidInput(f"no group or block is named {name!r}; `graphprune inspect` lists the names")
             group = groups[name]
             if units and not (0 <= units[0] and units[-1] < group.size):
                 raise InvalidInput(f"group {name!r} has units 0..{group.size - 1}, found unit {units[0] if units[0] < 0 else units[-1]}")
@@ -71,7 +74,7 @@ class Plan:
         """Group name -> removed units."""
         return {name: entry.removed for name, entry in self.entries.items()}
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Hash of the decisions: equal for equal cuts of equally named groups."""
         text = json.dumps([[name, e.size, e.removed] for name, e in sorted(self.entries.items())])

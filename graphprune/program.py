@@ -8,11 +8,11 @@ surgery edits that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -109,6 +109,17 @@ def substitute(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(tree)
 
 
+class Reader(Protocol):
+    """Weights that lie elsewhere, such as in files larger than the memory: read when they are needed, and forgotten."""
+
+    device: torch.device  # of what it gives, and so of all computing
+
+    def __call__(self, value: Value) -> torch.Tensor: ...
+
+    def shelf(self) -> MutableMapping[str, torch.Tensor]:
+        """An empty mapping for tensors of that size."""
+
+
 @dataclass(eq=False)
 class Program:
     """A captured model: nodes in topological order, the values that enter and leave, and the user's own form behind them."""
@@ -120,6 +131,7 @@ class Program:
     source: Any  # TorchSource | OnnxSource
     example_inputs: tuple[torch.Tensor, ...]  # flat, one per entry of `inputs`
     aliases: Mapping[str, str] = field(default_factory=dict)  # name of a tied tensor -> its name in `weights`
+    reader: Reader | None = None  # of weights that the program holds no data of (meta device)
 
     def walk(self) -> Iterator[Node]:
         """All nodes in topological order, those inside control-flow bodies before the node that holds them."""

@@ -27,7 +27,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _counts(rows: Tensor, counts: Tensor | None) -> Tensor:
     """(groups, 1): samples of every group."""
-    found = rows.new_full((rows.shape[0],), rows.shape[1]) if counts is None else counts.to(rows)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    found = rows.new_full((rows.shape[0],), rows.shape[1], dtype=dtype) if counts is None else counts.to(rows.device, dtype)
     return found[:, None]
 
 
@@ -104,8 +105,12 @@ class Gram(_Sums):
 
     def update(self, rows: Tensor, counts: Tensor | None = None) -> None:
         """rows: (groups, samples, columns), zero beyond `counts` (groups,)."""
-        rows = _wide(rows)
-        self.merge(Gram(_counts(rows, counts), rows.sum(1), rows.mT @ rows))
+        if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):  # products of narrow numbers are exact in float32
+            square = torch.bmm(rows.mT, rows, out_dtype=torch.float32)
+        else:
+            rows = _wide(rows)
+            square = rows.mT @ rows
+        self.merge(Gram(_counts(rows, counts), rows.sum(1, dtype=square.dtype), square))
 
     @property
     def mean(self) -> Tensor:

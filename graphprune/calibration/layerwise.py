@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration.batches import batches
-from graphprune.calibration.taps import all_shards, check_finite, timed
-from graphprune.execute.interpreter import Execution, Tensors, last_use
+from graphprune.calibration.taps import Finite, all_shards, timed
+from graphprune.execute.interpreter import Execution, Tensors, last_use, last_weights
 from graphprune.linear_maps import LinearMap, linear_maps
-from graphprune.program import Node, Program, Value
+from graphprune.program import Program, Value
 
 Decide = Callable[[LinearMap, Tensor, Any], Tensor | None]  # (layer, its weight, statistics of its inputs) -> the new weight
 
@@ -40,7 +40,7 @@ def layerwise(
         make: an empty accumulator of rows (`Moments`, `Gram`) for the inputs of one layer; None passes None to `decide` and runs nothing.
         only: the weights to decide on.
         inputs: "pruned": later layers read what earlier ones give with their new weights; "dense": what they gave with the old ones.
-        load: reads a weight that the program holds no data of (meta device).
+        load: reads a weight that the program holds no data of (meta device); by default the program's `reader`.
 
     Raises:
         InvalidInput: an activation is not finite.
@@ -48,6 +48,8 @@ def layerwise(
     layers = linear_maps(program)
     wanted = {linear.weight for linear in layers.values()} if only is None else set(only)
     replaced: dict[Value, Tensor] = {}
+    if load is None and program.reader is not None:
+        load, device = program.reader, device or program.reader.device
     tensors = Tensors(replaced, dtype, device, load)
     if make is None:
         for layer in layers.values():
@@ -56,20 +58,24 @@ def layerwise(
                 decide(layer, tensors[layer.weight], None)
                 tensors.forget(layer.weight)
         return
-    ends, weight_ends = last_use(program), _last_weights(program)
+    ends, weight_ends = last_use(program), last_weights(program)
     with torch.no_grad():
         executions = [Execution(program, flat, tensors) for flat, _ in batches(program, data)]
-        nodes = list(program.nodes)
+        nodes, finite = list(program.nodes), Finite()
+        statistics: Any = None
+        read: Any = None
         for i, node in enumerate(timed(nodes, nodes, "layers")):
             linear = layers.get(node)
             if linear is not None and linear.weight in wanted:
                 wanted.discard(linear.weight)
-                statistics = make()
-                for execution in executions:
-                    args = execution.arguments(node)
-                    check_finite(node, args)
-                    statistics.update(*linear.rows(args))
-                all_shards({0: statistics})
+                if statistics is None or linear.reads != read:  # layers side by side read the same
+                    statistics, read = make(), linear.reads
+                    for execution in executions:
+                        args = execution.arguments(node)
+                        finite.watch(node, args[linear.operand])
+                        statistics.update(*linear.rows(args))
+                    finite.settle()
+                    all_shards({0: statistics})
                 new = decide(linear, tensors[linear.weight], statistics)
                 if new is not None and inputs == "pruned":
                     replaced[linear.weight] = new
@@ -82,12 +88,3 @@ def layerwise(
             for value in weight_ends.get(node, ()):
                 tensors.forget(value)
                 replaced.pop(value, None)
-
-
-def _last_weights(program: Program) -> dict[Node, list[Value]]:
-    """Weights whose last use is a node."""
-    last = {v: node for node in program.walk() for v in node.inputs if v.tensor is not None}
-    out: dict[Node, list[Value]] = {}
-    for value, node in last.items():
-        out.setdefault(node, []).append(value)
-    return out

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 from graphprune.calibration.accumulators import Gradients
 from graphprune.calibration.batches import Batch, batches, reread, samples
-from graphprune.calibration.taps import Store, all_shards, tapped, timed
+from graphprune.calibration.taps import Store, all_shards, tapped, timed, working_dtype
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import run
 from graphprune.linear_maps import LinearMap, linear_maps
-from graphprune.program import Kind, Program, Value
+from graphprune.program import Kind, Program, Reader, Value
 
 Entry = Callable[[Tensor], Tensor]
 
@@ -48,7 +48,7 @@ class Statistics:
 
     def weight(self, value: Value) -> Tensor:
         """A weight to compute with: detached, float32 at least."""
-        return weight_of(value)
+        return weight_of(value, self.program.reader)
 
     def once(self, what: str) -> bool:
         """True the first time only: for warnings."""
@@ -73,8 +73,7 @@ class Statistics:
         """A statistic of activations by what it is of: weights for "moments" and "gram", additions for "similarity"."""
         if need not in self._stores:
             wanted = ({need} | self.needs) - self._stores.keys()
-            narrow = any(v.is_weight and v.dtype is not None and v.dtype.itemsize < 4 for v in self.program.weights.values())
-            self._stores.update(tapped(self.program, self.data, sorted(wanted), torch.float32 if narrow else None))
+            self._stores.update(tapped(self.program, self.data, sorted(wanted), working_dtype(self.program)))
         return self._stores[need]
 
     @cached_property
@@ -172,15 +171,18 @@ def _is_running(value: Value) -> bool:
     return any(node.args.get(name) is value for node in value.uses for name in RUNNING)
 
 
-def weight_of(value: Value) -> Tensor:
+def weight_of(value: Value, reader: Reader | None = None) -> Tensor:
     """A weight to compute with: detached, float32 at least.
 
     Raises:
         InvalidInput: it has no data.
     """
-    if value.tensor is None or value.tensor.device.type == "meta":
+    tensor = value.tensor
+    if reader is not None and tensor is not None and tensor.device.type == "meta":
+        tensor = reader(value)
+    if tensor is None or tensor.device.type == "meta":
         raise InvalidInput(f"weight {value.name!r} has no data (meta device) to score; load the weights, or pass importance='random'")
-    tensor = value.tensor.detach()
+    tensor = tensor.detach()
     return tensor.to(torch.float32) if tensor.dtype.itemsize < 4 else tensor
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from graphprune.calibration.accumulators import Gram, Mean, Moments, Similarity
 from graphprune.calibration.batches import batches
 from graphprune.errors import InvalidInput
-from graphprune.execute.interpreter import Compute, run
-from graphprune.linear_maps import LinearMap, columns, linear_map, linear_maps
+from graphprune.execute.interpreter import Compute, Execution, Intercept, Tensors, last_use, last_weights, run
+from graphprune.linear_maps import LinearMap, columns, linear_maps
 from graphprune.program import Node, Program
 from graphprune.units import INNER_UNITS, Role
 
@@ -35,15 +36,25 @@ def _rows(make: Callable[[], Any]) -> Tap:
     """Statistics of the rows that every weight multiplies, those of all its uses together."""
 
     def sites(program: Program, store: Store) -> Mapping[Node, Observer]:
-        def observer(linear: LinearMap) -> Observer:
+        maps = linear_maps(program)
+        uses = Counter(linear.weight for linear in maps.values())
+        shared: dict[Any, Any] = {}  # maps side by side read the same, and have one accumulator
+        watched: dict[Node, Observer] = {}
+        for node, linear in maps.items():
+            if uses[linear.weight] == 1 and linear.reads in shared:
+                store[linear.weight] = shared[linear.reads]
+                continue
             accumulator = store.setdefault(linear.weight, make())
+            if uses[linear.weight] == 1:
+                shared[linear.reads] = accumulator
 
-            def observe(args: Mapping[str, Any], results: tuple[Any, ...]) -> None:
+            def observe(
+                args: Mapping[str, Any], results: tuple[Any, ...], linear: LinearMap = linear, accumulator: Any = accumulator
+            ) -> None:
                 accumulator.update(*linear.rows(args))
 
-            return observe
-
-        return {node: observer(linear) for node, linear in linear_maps(program).items()}
+            watched[node] = observe
+        return watched
 
     return sites
 
@@ -163,32 +174,86 @@ def tapped(program: Program, data: Any, needs: Iterable[str], dtype: torch.dtype
         for node, observer in TAPS[name](program, store).items():
             watched.setdefault(node, []).append(observer)
 
+    finite, operands = Finite(), {node: linear.operand for node, linear in linear_maps(program).items()}
+
     def intercept(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
         results = compute(args)
         if node in watched:
-            check_finite(node, args)
+            if node in operands:
+                finite.watch(node, args[operands[node]])
             for observe in watched[node]:
                 observe(args, results)
         return results
 
-    for inputs, _ in timed(batches(program, data), data, "statistics"):
-        run(program, inputs, intercept=intercept, dtype=dtype)
+    if program.reader is not None:
+        _in_step(program, data, intercept, dtype, finite)
+    else:
+        for inputs, _ in timed(batches(program, data), data, "statistics"):
+            run(program, inputs, intercept=intercept, dtype=dtype)
+            finite.settle()
     for store in found.values():
         all_shards(store)
     return found
 
 
-def check_finite(node: Node, args: Mapping[str, Any]) -> None:
-    """Raises:
-    InvalidInput: what the node reads is not finite.
-    """
-    linear = linear_map(node)
-    x = args[linear.operand] if linear is not None else None
-    if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+def _in_step(program: Program, data: Any, intercept: Intercept, dtype: torch.dtype | None, finite: Finite) -> None:
+    """All batches advance together, so that every weight is read once and forgotten after its last use."""
+    assert program.reader is not None
+    tensors = Tensors(None, dtype, program.reader.device, program.reader)
+    ends, weight_ends = last_use(program), last_weights(program)
+    with torch.no_grad():
+        executions = [Execution(program, flat, tensors, intercept) for flat, _ in batches(program, data)]
+        for i, node in enumerate(timed(program.nodes, program.nodes, "statistics")):
+            for execution in executions:
+                execution.step(node)
+                execution.forget(ends.get(i, ()))
+            finite.settle()
+            for value in weight_ends.get(node, ()):
+                tensors.forget(value)
+
+
+class Finite:
+    """Are activations finite? On the CPU it looks at once, elsewhere when told to settle: to look is to wait for the device."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Node, Tensor]] = []
+
+    def watch(self, node: Node, x: Any) -> None:
+        """x: what the node reads."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+            return
+        if x.device.type != "cpu":
+            self._seen.append((node, torch.linalg.vector_norm(x, torch.inf)))  # NaN stays NaN
+        elif not torch.isfinite(x).all():
+            self._refuse(node, f" ({int((~torch.isfinite(x)).sum())} of {x.numel()} entries)")
+
+    def settle(self) -> None:
+        """Raises:
+        InvalidInput: something seen since the last time was not finite.
+        """
+        seen, self._seen = self._seen, []
+        found = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist() if seen else []
+        for (node, _), good in zip(seen, found):
+            if not good:
+                self._refuse(node, "")
+
+    def _refuse(self, node: Node, count: str) -> None:
         raise InvalidInput(
-            f"the input of {node.op_type} {node.scope or node.name} is not finite on the calibration data "
-            f"({int((~torch.isfinite(x)).sum())} of {x.numel()} entries); are the data right, and is the dtype wide enough?"
+            f"the input of {node.op_type} {node.scope or node.name} is not finite on the calibration data{count}; are the data right, "
+            "and is the dtype wide enough?"
         )
+
+
+def working_dtype(program: Program, device: torch.device | None = None) -> torch.dtype | None:
+    """What statistics are computed in: float32 where weights are narrower, None for the network's own dtypes.
+
+    Accelerators run a network in its own dtypes, many times as fast; accumulators are float32 all the same.
+    """
+    weights = [v for v in program.weights.values() if v.is_weight and v.tensor is not None]
+    sizes = {v.dtype.itemsize for v in weights if v.dtype is not None}
+    if device is None:
+        device = program.reader.device if program.reader is not None else next((v.tensor.device for v in weights), torch.device("cpu"))
+    return torch.float32 if sizes and min(sizes) < (4 if device.type == "cpu" else 2) else None
 
 
 def timed(items: Iterable[Any], data: Any, doing: str) -> Iterable[Any]:
@@ -208,7 +273,7 @@ def all_shards(store: Mapping[Hashable, Any]) -> None:
     """Join the accumulators of all ranks, in the order of ranks, so that every rank ends with the same numbers."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return
-    for accumulator in store.values():
+    for accumulator in {id(it): it for it in store.values()}.values():  # some have several names
         shards: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shards, accumulator)
         first = shards[0]

@@ -393,12 +393,12 @@ def _node(fx_node: fx.Node, env: dict[fx.Node, Any], nodes: list[Node]) -> None:
 
 
 def _evaluate(node: Node) -> None:
-    """Fold a node at the example sizes."""
-    device = getattr(node.source.meta.get("val"), "device", None)
+    """Fold a node at the example sizes; on the CPU where the network is on the meta device, so that it can be run elsewhere."""
+    device = _real(getattr(node.source.meta.get("val"), "device", None))
 
     def concrete(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
-            return leaf
+            return _real(leaf)
         if leaf.kind is not Kind.CONSTANT and leaf.shape is not None:
             return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)  # `new_*` reads dtype and device only
         return leaf.tensor if leaf.shape is not None else leaf.tensor.item()  # type: ignore[union-attr]
@@ -409,6 +409,10 @@ def _evaluate(node: Node) -> None:
         result = node.call(**args)
     for value, tensor in zip(node.outputs, result if isinstance(result, (tuple, list)) else (result,)):
         value.tensor = tensor if isinstance(tensor, torch.Tensor) or tensor is None else torch.tensor(tensor)
+
+
+def _real(leaf: Any) -> Any:
+    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
 
 class _Ref:

@@ -148,6 +148,15 @@ def last_use(program: Program) -> dict[int, list[Value]]:
     return out
 
 
+def last_weights(program: Program) -> dict[Node, list[Value]]:
+    """Weights and constants whose last use is a node."""
+    last = {v: node for node in program.walk() for v in node.inputs if v.tensor is not None}
+    out: dict[Node, list[Value]] = {}
+    for value, node in last.items():
+        out.setdefault(node, []).append(value)
+    return out
+
+
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:
     if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() and x.element_size() > 1:  # float8 is a code
         return x.to(dtype)

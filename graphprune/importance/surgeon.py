@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration import Gram, layerwise
+from graphprune.calibration import Gram, layerwise, working_dtype
 from graphprune.importance.activations import readers, without_readers
 from graphprune.importance.algebra import NORMALISERS
 from graphprune.linear_maps import LinearMap, columns
@@ -98,9 +98,7 @@ class Surgeon:
             for group, member in wanted[linear.weight]:
                 found[linear.weight, group.name] = self._units(linear, member, matrix, hessian).cpu()
 
-        narrow = any(v.is_weight and v.dtype is not None and v.dtype.itemsize < 4 for v in program.weights.values())
-        dtype = torch.float32 if narrow else None
-        layerwise(program, statistics.data, decide, make=Gram, only=wanted, inputs="dense", dtype=dtype)
+        layerwise(program, statistics.data, decide, make=Gram, only=wanted, inputs="dense", dtype=working_dtype(program))
         return found
 
     def _units(self, linear: LinearMap, member: Member, matrix: Tensor, hessian: Tensor) -> Tensor:

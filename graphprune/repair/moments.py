@@ -58,6 +58,8 @@ def bias(program: Program, cut: Cut, pruned: Program, data: Any) -> dict[str, Te
     1906.04721, section 4.2, there for rounding errors; An et al. 2023, arXiv 2312.11983, for removed channels).
     """
     watched = {node.name: node for node in program.nodes if (found := affine(node)) is not None and found.bias is not None}
+    if not watched:
+        return {}
     shift: dict[str, list[Tensor]] = {}
     dtype = working_dtype(program)
     for inputs, _ in batches(program, data):

@@ -84,11 +84,12 @@ def _joint(weight: Tensor, gone: Tensor, inner: Tensor) -> Tensor:
 
 def _sequential(weight: Tensor, gone: Tensor, corner: Tensor) -> Tensor:
     """(groups, outputs, step): the scaled error of each column, those of earlier columns made up for first."""
-    weight, errors = weight.clone(), torch.zeros_like(weight)
-    for j in range(weight.shape[-1]):
-        errors[..., j] = torch.where(gone[..., j], weight[..., j], 0.0) / corner[..., None, j, j]
-        weight[..., j:] -= errors[..., j : j + 1] * corner[..., None, j, j:]
-    return errors
+    left = weight.mT.clone()  # columns as rows: two calls for each of them, since there are many and each is small
+    errors, share = torch.empty_like(left), gone.mT / corner.diagonal(dim1=-2, dim2=-1)[..., None]
+    for j in range(left.shape[1]):
+        torch.mul(left[:, j], share[:, j], out=errors[:, j])
+        left[:, j + 1 :].baddbmm_(corner[:, j, j + 1 :, None], errors[:, j : j + 1], alpha=-1)
+    return errors.mT
 
 
 def refit(weight: Tensor, keep: Tensor, hessian: Tensor) -> Tensor:

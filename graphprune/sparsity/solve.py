@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.calibration import layerwise
+from graphprune.calibration import layerwise, working_dtype
 from graphprune.errors import InvalidInput, NothingToPrune, Reason
 from graphprune.linear_maps import LinearMap, linear_maps
 from graphprune.program import Program, Value
@@ -74,13 +74,13 @@ def solve_masks(
     targets: Sequence[str] = (),
     device: torch.device | None = None,
     load: Callable[[Value], Tensor] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Masks (True where kept) and new weights by name, in the shapes of the weights. Later layers are fitted to what earlier ones now give.
 
     Args:
         sparsity: fraction of zeros in every matrix, or by weight name; N:M patterns bring their own.
         data: calibration data; the example inputs when absent.
-        load: reads a weight that the program holds no data of.
+        load, device: see `graphprune.calibration.layerwise`. With a reader, what is found goes to its shelves.
 
     Raises:
         InvalidInput: a sparsity out of range, or activations that are not finite.
@@ -97,19 +97,21 @@ def solve_masks(
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
             raise InvalidInput(f"sparsity is the fraction of zeros, at least 0 and less than 1, found {level!r}")
         levels[linear.weight] = level
-    masks: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
+    shelf = program.reader.shelf if program.reader is not None else dict
+    masks, weights = shelf(), shelf()
 
     def decide(linear: LinearMap, weight: Tensor, statistic: Any) -> Tensor:
         matrix = linear.matrix(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
         new, keep = method.masked(matrix, statistic, pattern, levels[linear.weight])
         tensor = linear.tensor(new).to(weight.dtype)
         masks[linear.weight.name] = linear.tensor(keep).cpu()
-        weights[linear.weight.name] = tensor.to("cpu" if device is not None else weight.device)
+        if method.update is not None:
+            weights[linear.weight.name] = tensor.to("cpu" if device is not None or program.reader is not None else weight.device)
         return tensor
 
-    layerwise(program, data, decide, make=method.make, only=[x.weight for x in layers], dtype=_wide(program), device=device, load=load)
-    return masks, weights if method.update is not None else {}
+    wanted, dtype = [linear.weight for linear in layers], working_dtype(program, device)
+    layerwise(program, data, decide, make=method.make, only=wanted, dtype=dtype, device=device, load=load)
+    return masks, weights
 
 
 def repair_masked(program: Program, masks: Mapping[str, Tensor], update: str, pattern: Pattern, data: Any) -> dict[str, Tensor]:
@@ -127,34 +129,38 @@ def repair_masked(program: Program, masks: Mapping[str, Tensor], update: str, pa
         out[linear.weight.name] = linear.tensor(new).to(weight.dtype)
         return out[linear.weight.name]
 
-    layerwise(program, data, decide, make=method.make, only=by_weight, dtype=_wide(program))
+    layerwise(program, data, decide, make=method.make, only=by_weight, dtype=working_dtype(program))
     return out
 
 
-def apply_masks(program: Program, cut: Cut, masks: Mapping[str, Tensor]) -> tuple[dict[Value, Tensor], dict[str, Tensor]]:
-    """Masked tensors of the original program's weights, and the masks as they are after the cut.
+def masks_after(program: Program, cut: Cut, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks as they are after a cut, by the weights' names in `program.weights`.
 
     Raises:
         InvalidInput: a mask is of no weight, or of another shape.
     """
-    tensors: dict[Value, Tensor] = {}
     after: dict[str, Tensor] = {}
     for name, mask in masks.items():
-        value = program.weights.get(program.aliases.get(name, name))
-        if value is None or value.tensor is None:
-            raise InvalidInput(f"the plan masks the weight {name!r}, which this network does not have")
-        if value.shape != tuple(mask.shape):
-            raise InvalidInput(f"the plan's mask of {name!r} has shape {tuple(mask.shape)}, the weight {value.shape}")
-        tensors[value] = value.tensor.detach() * mask.to(value.tensor.device)
+        value = _masked(program, name, mask)
         for axis, keep in cut.keeps(value).items():
             mask = mask.index_select(axis, torch.from_numpy(keep))
         after[value.name] = mask
-    return tensors, after
+    return after
 
 
-def _wide(program: Program) -> torch.dtype | None:
-    narrow = any(v.is_weight and v.dtype is not None and v.dtype.itemsize < 4 for v in program.weights.values())
-    return torch.float32 if narrow else None
+def masked_tensors(program: Program, masks: Mapping[str, Tensor]) -> dict[Value, Tensor]:
+    """The masked weights of a network before any cut, for its certificate."""
+    found = {_masked(program, name, mask): mask for name, mask in masks.items()}
+    return {value: value.tensor.detach() * mask.to(value.tensor.device) for value, mask in found.items()}
+
+
+def _masked(program: Program, name: str, mask: Tensor) -> Value:
+    value = program.weights.get(program.aliases.get(name, name))
+    if value is None or value.tensor is None:
+        raise InvalidInput(f"the plan masks the weight {name!r}, which this network does not have")
+    if value.shape != tuple(mask.shape):
+        raise InvalidInput(f"the plan's mask of {name!r} has shape {tuple(mask.shape)}, the weight {value.shape}")
+    return value
 
 
 def zeros(masks: Iterable[Tensor]) -> tuple[int, int]:
