@@ -34,12 +34,12 @@ def read_config(folder: PathLike) -> dict[str, Any]:
 
 
 def weight_files(folder: PathLike) -> list[Path]:
-    """The folder's safetensors files, each with a readable header.
+    """The folder's safetensors files, each with a readable header; masks of a plan are no weights.
 
     Raises:
         InvalidInput: if there is none, or one is damaged.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.endswith(".masks.safetensors"))
     if not files:
         pickled = [p.name for p in sorted(Path(folder).iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
         found = f"only {', '.join(pickled)}, which would have to be unpickled" if pickled else "no weights"

@@ -139,16 +139,6 @@ def _with_parameter_names(model: ir.Model, module: nn.Module) -> ir.Model:
 
 def _save_module(result: Any, folder: Path) -> None:
     module, original, written = result.module, result.program.source.module, result.written
-    if hasattr(original, "save_pretrained") and hasattr(original, "config"):
-        config, layers = checkpoint_config(original, module, written.edits)
-        config.architectures, config.dtype = [type(original).__name__], str(original.dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        if layers:  # transformers says so, rather than build a network of other sizes
-            path = folder / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"per_layer_config": layers}, indent=2) + "\n", encoding="utf-8")
-        if getattr(module, "generation_config", None) is not None:
-            with suppress(ValueError):  # a generation config that contradicts itself is not ours to mend
-                module.generation_config.save_pretrained(folder)
     stored, tied, seen = {}, {}, {}  # type: dict[str, Tensor], dict[str, str], dict[tuple, str]
     for name, tensor in module.state_dict().items():
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -160,6 +150,28 @@ def _save_module(result: Any, folder: Path) -> None:
     extra = {name: _plain(buffer) for name, buffer in module.named_buffers() if name not in stored and name not in tied}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     save_file(extra, folder / BUFFERS)
+    save_record(folder, original, written, tied, _save_inputs(result.program.source, folder) if _runs_graph(written) else None, module)
+    (folder / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
+    (folder / "report.json").write_text(result.report.to_json(), encoding="utf-8")
+    if result.certificate:
+        (folder / "certificate.json").write_text(result.certificate.to_json(), encoding="utf-8")
+
+
+def save_record(
+    folder: Path, original: nn.Module, written: Any, tied: Mapping[str, str], inputs: Any = None, module: nn.Module | None = None
+) -> None:
+    """What `load_result` needs besides tensors: the config, and what the cut changed in the module."""
+    module = written.module if module is None else module
+    if hasattr(original, "save_pretrained") and hasattr(original, "config"):
+        config, layers = checkpoint_config(original, module, written.edits)
+        config.architectures, config.dtype = [type(original).__name__], str(original.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        if layers:  # transformers says so, rather than build a network of other sizes
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"per_layer_config": layers}, indent=2) + "\n", encoding="utf-8")
+        if getattr(module, "generation_config", None) is not None:
+            with suppress(ValueError):  # a generation config that contradicts itself is not ours to mend
+                module.generation_config.save_pretrained(folder)
     record = {
         "format": FORMAT,
         "class": f"{type(original).__module__}.{type(original).__qualname__}",
@@ -167,13 +179,9 @@ def _save_module(result: Any, folder: Path) -> None:
         "tied": tied,
         "edits": [[edit.path, edit.attribute, edit.new] for edit in written.edits],
         "substitutes": [path for path, kind in written.substitutes.items() if kind == "table"],
-        "inputs": _save_inputs(result.program.source, folder) if _runs_graph(written) else None,
+        "inputs": inputs,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    (folder / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
-    (folder / "report.json").write_text(result.report.to_json(), encoding="utf-8")
-    if result.certificate:
-        (folder / "certificate.json").write_text(result.certificate.to_json(), encoding="utf-8")
 
 
 def _runs_graph(written: Any) -> bool:
@@ -284,7 +292,8 @@ def _place_tensors(module: nn.Module, record: Mapping[str, Any], folder: Path) -
         InvalidInput: if a tensor has no place, or a place no tensor.
     """
     owners = dict(module.named_modules(remove_duplicate=False))
-    tensors = {**load_file(folder / WEIGHTS), **load_file(folder / BUFFERS)}
+    files = [file for file in weight_files(folder) if file.name != INPUTS]
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     placed = {name: _place(owners, name, tensor, folder) for name, tensor in tensors.items()}
     for name, first in record["tied"].items():
         _place(owners, name, placed[first], folder)

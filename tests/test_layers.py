@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = """
 errors
-axes files measure
+axes files measure cache widths
 checkpoints
 program
 units samples linear_maps
@@ -40,6 +40,7 @@ decisions
 backends
 results
 api
+streaming
 backends.torch_compile
 bench
 demo
@@ -49,7 +50,7 @@ cli
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
-BACKENDS_MAY_USE = {"errors", "files", "measure", "program", "units", "execute", "plan", "ops", "backends"}
+BACKENDS_MAY_USE = {"errors", "files", "measure", "cache", "widths", "program", "units", "execute", "plan", "ops", "backends"}
 FOLDERS = {"graphprune": "", "passes": "passes", "backends": "backends"}
 
 # Upward imports inside functions, each with the reason why it is there.
