@@ -10,17 +10,12 @@ Decode (few tokens, weights are traffic) and prefill (many, arithmetic) are two 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import inspect
-import json
 import logging
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +25,7 @@ from torch import Tensor
 
 from graphprune.backends.kernels.base import TOLERANCE, Kernel, Packed
 from graphprune.backends.timing import copies, dense_calls, time_calls
+from graphprune.cache import Cache
 
 MARGIN = 1.10  # a sparse path must beat the dense one by this factor
 DECODE_TOKENS, PREFILL_TOKENS = 1, 2048
@@ -89,52 +85,13 @@ class Decision:
         return self.path != "dense"
 
 
-class Table:
-    """Measurements on disk: one small file each, replaced as a whole, so any number of processes may write at once.
-
-    The folder's name holds device and versions: another GPU, driver library or version of this package starts afresh.
-    """
+class Table(Cache[Measurement]):
+    """Measurements of one device by these versions of the libraries; see `Cache`."""
 
     def __init__(self, root: Path | None = None, device: str = "cpu") -> None:
-        default = Path(os.environ.get("GRAPHPRUNE_CACHE", Path.home() / ".cache" / "graphprune"))
         triton = sys.modules.get("triton")
         versions = f"torch{torch.__version__}-triton{getattr(triton, '__version__', 'none')}-cuda{torch.version.cuda or 'none'}"
-        self.folder = (root or default) / "gate" / re.sub(r"[^\w.+-]+", "_", f"{device}-{versions}")
-
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-    def get(self, key: str) -> Measurement | None:
-        try:
-            entry = json.loads(self._file(key).read_text())
-            return Measurement(**entry["measurement"]) if entry["key"] == key else None
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            log.debug("gate: entry %r is unreadable (%s) and is measured again", key, problem)
-            return None
-
-    def put(self, key: str, measurement: Measurement) -> None:
-        """Writes one entry. A folder that cannot be written costs a measurement in the next run, not this one."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump({"key": key, "measurement": dataclasses.asdict(measurement)}, file)
-            os.replace(name, self._file(key))
-        except OSError as problem:
-            log.warning("gate: measurements are not kept, %s cannot be written: %s", self.folder, problem)
-
-    def entries(self) -> Iterator[tuple[str, Measurement]]:
-        """All readable entries, in the order of their keys."""
-        found = {}
-        for file in self.folder.glob("*.json"):
-            try:
-                entry = json.loads(file.read_text())
-                found[entry["key"]] = Measurement(**entry["measurement"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        yield from sorted(found.items(), key=lambda item: item[0])
+        super().__init__(Measurement, "gate", f"{device}-{versions}", root)
 
 
 Choice: TypeAlias = Kernel | tuple[Kernel, Mapping[str, Any]]  # the latter with options of its `pack`

@@ -216,9 +216,11 @@ class GraphPruneBackend:
         known = {g.name: units for g in program.groups if (units := _recalled(g, self.key)) is not None}
         if len(known) == len(program.groups):
             return known, len(known)
+        from graphprune.backends.widths import widths_of
         from graphprune.planning import make_plan
 
-        made = make_plan(program, **self.planning).removed
+        widths = widths_of(program, measure=False)  # amid a compilation nothing is measured
+        made = make_plan(program, **self.planning, widths=widths).removed
         return {**made, **known}, len(known)
 
     def _verified(self, graph: DynamoGraph, pruned: Program, cut: Cut, plan: Plan) -> str:
@@ -431,7 +433,7 @@ def _check_options(planning: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         return
     from graphprune.planning import make_plan
 
-    known = (set(inspect.signature(make_plan).parameters) - {"program", *NOT_HERE}) | set(OWN_OPTIONS)
+    known = (set(inspect.signature(make_plan).parameters) - {"program", "widths", *NOT_HERE}) | set(OWN_OPTIONS)
     for name in planning:
         if name not in known:
             raise InvalidInput(f"unknown option {name!r} of the graphprune backend; known are {', '.join(sorted(known))}")

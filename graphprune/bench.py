@@ -18,6 +18,7 @@ from graphprune.errors import InvalidInput
 from graphprune.files import PathLike
 from graphprune.measure import interleaved, threads
 from graphprune.report import Latency, tables
+from graphprune.widths import MULTIPLES, smallest
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,46 @@ def crossover(size: str, tokens: Sequence[int], gate: Any = None) -> Crossover:
         for it in layer.decisions
     ]  # fmt: skip
     return Crossover(size, gate.name, tuple(found))
+
+
+@dataclass(frozen=True)
+class WidthTable:
+    """What multiples of kept widths cost on a device, and which round_to="auto" takes from now on."""
+
+    device: str
+    rows: tuple[dict[str, Any], ...]
+
+    def __rich__(self) -> ConsoleRenderable:
+        cells = [
+            (f"{it['backend']} {it['dtype']}", it["layers"], *(f"{100 * (cost - 1):.0f}%" for cost in it["costs"]), str(it["multiple"]))
+            for it in self.rows
+        ]
+        table = tables.grid(("by", "layers", *map(str, MULTIPLES), "auto"), cells)
+        how = f"how much slower than the fastest are widths rounded up to multiples of 1 to 64, on {self.device}; auto: within 3 %"
+        return tables.stack([table, Text(how)])
+
+
+def widths(device: str) -> WidthTable:
+    """Measure which widths a device runs well, and keep that for round_to="auto": torch in the usual types, ONNX Runtime on a CPU.
+
+    Raises:
+        InvalidInput: there is no such device.
+    """
+    from importlib.util import find_spec
+
+    from graphprune.backends.widths import MEASURED, NAMES, device_name, measured
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InvalidInput(f"widths are measured on cpu or cuda, where torch finds one, found device {device!r}")
+    rows = []
+    for backend, dtype in ((name, dtype) for (name, place), types in MEASURED.items() if place == device for dtype in types):
+        if find_spec(backend) is None:
+            continue
+        costs = measured(backend, dtype, device, again=True)
+        for layers, found in (("linear", costs.linear), ("conv", costs.convolution)):
+            about = {"backend": backend, "dtype": NAMES[dtype], "layers": layers}
+            rows.append({**about, "costs": [round(it, 4) for it in found], "multiple": smallest(found)})
+    return WidthTable(device_name(device), tuple(rows))
 
 
 def compare(calls: Sequence[Callable[[], Any]], names: tuple[str, str], device: str, backend: str, seconds: float = 5.0) -> Comparison:

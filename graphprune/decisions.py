@@ -19,6 +19,7 @@ from graphprune.program import Program
 from graphprune.recipes import recipe_of
 from graphprune.repair import DATA_FREE, check_repairs
 from graphprune.units import DEFAULT_UNITS
+from graphprune.widths import RULE, Widths
 
 Clock = Callable[[str], AbstractContextManager[Any]]  # times a stage
 
@@ -38,6 +39,7 @@ def decide(
     captured: Callable[[], Program],
     trials: Callable[..., Any],
     clock: Clock = lambda stage: nullcontext(),
+    widths: Callable[[Program], Widths] = lambda program: RULE,
     *,
     recipe: Any = None,
     pruning_ratio: float | Mapping[str, float] | None = None,
@@ -63,6 +65,7 @@ def decide(
     Args:
         captured: gives the program.
         trials: `trials(program, metric=, repair=, calibration_data=)` gives the candidates that measured budgets are tried on.
+        widths: gives what round_to="auto" means for the program where it is to run.
         The others: see `graphprune.compile`.
 
     Raises:
@@ -107,7 +110,7 @@ def decide(
         plan = make_plan(
             program, pruning_ratio=pruning_ratio, budget=budget, units=units, importance=importance, scope=scope, ignore=ignore,
             targets=targets, round_to=round_to, min_keep=min_keep, repair=repair, calibration_data=data, loss=loss, seed=seed,
-            measure=tried,
+            measure=tried, widths=widths(program) if round_to == "auto" else RULE,
         )  # fmt: skip
     if prepared:
         plan = replace(plan, settings={**plan.settings, "prepare": prepared})

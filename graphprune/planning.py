@@ -17,9 +17,8 @@ from graphprune.allocation import (
     Measured,
     Selection,
     allocate,
+    choices,
     one_per_product,
-    removals,
-    rounding,
     scope_of,
     split,
 )  # fmt: skip
@@ -33,6 +32,7 @@ from graphprune.recipes import RECIPES, Recipe
 from graphprune.sparsity import UPDATES, NOfM, Pattern, Swaps, Unstructured, Weights, pattern_of, solve_masks
 from graphprune.surgery.cut import Cut
 from graphprune.units import DEFAULT_UNITS, MADE_BY_CONSTANTS, UNITS, Group
+from graphprune.widths import RULE, Widths
 
 log = logging.getLogger("graphprune")
 
@@ -59,6 +59,7 @@ def make_plan(
     remove: Mapping[str, Iterable[int]] | None = None,
     seed: int = 0,
     measure: Measure | None = None,
+    widths: Widths = RULE,
 ) -> Plan:
     """Decide which units go.
 
@@ -76,6 +77,7 @@ def make_plan(
         remove: explicit units by group name; then nothing else decides.
         loss: `loss(output)` or `loss(output, batch)`, for gradient scores.
         measure: builds candidates and measures them, for the budgets `latency_ms` and `accuracy_drop`; `compile` brings it.
+        widths: what round_to="auto" keeps multiples of; `compile` brings what was measured on the device.
 
     Raises:
         InvalidInput: an argument is not what it must be.
@@ -113,7 +115,7 @@ def make_plan(
     for group in meant:
         ratio = ratios[group.name]
         most = None if ratio is None or not capped else min(ratio * pace[group.name], 1.0)
-        steps[group.name] = removals(group, rounding(group, round_to), min_keep, most)
+        steps[group.name] = choices(group, round_to, widths, min_keep, most)
     allowed = one_per_product(analysis, [g for g in analysis.groups if steps.get(g.name)])
     candidates = [
         Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name], pace[g.name]) for g in allowed
@@ -131,7 +133,9 @@ def make_plan(
         removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
-    settings = _settings(locals()) | ({"measured": {k: list(v) for k, v in measured.found.items()}} if measured is not None else {})
+    settings = _settings(locals()) | {"rounding": str(widths) if round_to == "auto" else f"multiples of {round_to}, as asked"}
+    if measured is not None:
+        settings["measured"] = {k: list(v) for k, v in measured.found.items()}
     plan = Plan.of(program, removed, repair, settings)
     Cut(analysis, plan.removed)  # states the constraints a second time, by its own code
     log.debug("%s", plan)

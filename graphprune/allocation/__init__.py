@@ -1,11 +1,11 @@
 """Which units go: who competes, budgets on exact costs, and the constraints on every group."""
 
 from graphprune.allocation.allocate import BUDGETS, SCOPES, Candidate, Global, Isomorphic, Local, allocate, limits_of, scope_of
-from graphprune.allocation.limits import one_per_product, removals, rounding
+from graphprune.allocation.limits import choices, one_per_product, removals, rounding
 from graphprune.allocation.measured import MEASURED, Measure, Measured, split
 from graphprune.allocation.selection import Selection
 
 __all__ = [
     "BUDGETS", "MEASURED", "SCOPES", "Candidate", "Global", "Isomorphic", "Local", "Measure", "Measured", "Selection",
-    "allocate", "limits_of", "one_per_product", "removals", "rounding", "scope_of", "split",
+    "allocate", "choices", "limits_of", "one_per_product", "removals", "rounding", "scope_of", "split",
 ]

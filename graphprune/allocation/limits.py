@@ -10,20 +10,20 @@ from graphprune.analysis import Analysis
 from graphprune.axes import Axis, Factor
 from graphprune.errors import InvalidInput
 from graphprune.program import Value
-from graphprune.units import Group
+from graphprune.units import Group, Role
+from graphprune.widths import ALIGNED, RULE, Widths, fitted
 
-WIDE = 64  # from this width on, "auto" keeps multiples of ALIGNED positions
-ALIGNED = 8
+WIDE = 64  # from this width on, "auto" keeps multiples
 
 _SLACK = 1e-9  # 0.7 * 10 is a little less than 7
 
 
-def rounding(group: Group, round_to: int | str) -> int:
+def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
     """Kept units come in multiples of this.
 
     With a number, every axis that the group runs along gets a multiple of so many positions: a head of 64 positions satisfies 8 as it
-    is. "auto" is 8 where the group is at least 64 positions wide, and 1 inside grouped convolutions, below that width, and where a
-    multiple would leave no choice.
+    is. "auto" is what `widths` says (8 by rule) where the group is at least 64 positions wide, and 1 inside grouped convolutions, below
+    that width, and where a multiple would leave no choice.
 
     Raises:
         InvalidInput: `round_to` is neither "auto" nor a positive number.
@@ -39,13 +39,29 @@ def rounding(group: Group, round_to: int | str) -> int:
             if in_grouped_convolution(member.value):
                 return 1
             if group.size * width >= WIDE:
-                step = math.lcm(step, ALIGNED // math.gcd(ALIGNED, width))
+                multiple = fitted(_multiple(member.value, member.role, widths), group.size * width)
+                step = math.lcm(step, multiple // math.gcd(multiple, width))
         else:
             assert isinstance(round_to, int)
             step = math.lcm(step, round_to // math.gcd(round_to, width))
     if round_to == "auto" and step >= group.size:
         return 1
     return step
+
+
+def _multiple(weight: Value, role: Role, widths: Widths) -> int:
+    if role is Role.CARRIER:  # norms and tables take any width; what they stand beside decides
+        return min(widths.linear, widths.convolution)
+    return widths.convolution if any("onv" in node.op_type for node in weight.uses) else widths.linear
+
+
+def choices(group: Group, round_to: int | str, widths: Widths, min_keep: int, most: float | None) -> list[int]:
+    """`removals` in steps of `rounding`; where "auto" was measured so coarse that nothing could go, finer ones down to the rule's."""
+    found = removals(group, rounding(group, round_to, widths), min_keep, most)
+    while not found and round_to == "auto" and max(widths.linear, widths.convolution) > ALIGNED:
+        widths = widths.finer()
+        found = removals(group, rounding(group, round_to, widths), min_keep, most)
+    return found
 
 
 def in_grouped_convolution(weight: Value) -> bool:

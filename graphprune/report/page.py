@@ -83,6 +83,7 @@ def html(report: Report) -> str:
         kinds=_kinds(report),
         exactness=_exactness(report),
         timing=escape(report.timing or "not measured"),
+        rounding=escape(f" Widths are kept in {report.rounding}." if report.rounding else ""),
         kernels=_kernels(report),
         certificate=_certificate(report.certificate),
         again=_again(report),

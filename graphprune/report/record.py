@@ -139,6 +139,7 @@ class Report:
     layers: tuple[TensorChange, ...] = ()  # weights whose shape changed
     costs: tuple[LayerCost, ...] = ()  # layer by layer, in the order in which they run
     timing: str = ""  # where and how the times in `costs` were measured, or why not
+    rounding: str = ""  # what kept widths are multiples of, and by which measurement or rule
     groups: tuple[GroupSummary, ...] = ()
     not_prunable: tuple[Frozen, ...] = ()
     passes: tuple[PassRecord, ...] = ()

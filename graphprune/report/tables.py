@@ -64,6 +64,8 @@ def report(it: Report) -> ConsoleRenderable:
     parts: list[Any] = [Text(title, style="bold"), _footprints(it), *_speed(it.before, it.after)]
     if it.groups:
         parts.append(_kinds(it.groups))
+    if it.rounding:
+        parts.append(Text(f"widths  {it.rounding}", style="dim"))
     if it.layers:
         parts.append(shapes(it.layers, LONGEST))
     if it.not_prunable:

@@ -1,0 +1,218 @@
+"""How a device runs widths that are no multiples of 8, 16, ...: measured once, kept on disk, and read by plans with round_to="auto".
+
+Measured are pairs of layers around the hidden width that a plan would cut: linear + ReLU + linear for few rows and for many, and a 1 x 1
+convolution + ReLU + a 3 x 3 one. What the times say is in `graphprune.widths`.
+
+A plan measures by itself only for weights on a GPU, once for a device and library, in a few seconds, and says so. For a CPU it takes what
+`graphprune bench --widths` measured there, else the rule. `GRAPHPRUNE_WIDTHS=rule` keeps to the rule everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphprune.backends.onnxruntime import open_session
+from graphprune.backends.timing import time_calls
+from graphprune.cache import Cache
+from graphprune.measure import interleaved, threads
+from graphprune.program import Program
+from graphprune.widths import RULE, Costs, Sample, Widths, relative_costs, widths_of_sample
+
+log = logging.getLogger("graphprune")
+
+VERSION = 1  # of what is measured
+SWITCH = "GRAPHPRUNE_WIDTHS"
+SECONDS = {"cuda": 2.5, "cpu": 4.0}  # at most, for one backend and type; a network that was begun is finished
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+MEASURED: Mapping[tuple[str, str], tuple[torch.dtype, ...]] = {  # (backend, device) -> types that are measured
+    ("torch", "cuda"): tuple(NAMES),
+    ("torch", "cpu"): (torch.float32,),
+    ("onnxruntime", "cpu"): (torch.float32,),
+}
+# (width around the hidden one, rows or pixels of a side, hidden width, units wanted): awkward widths, as ratios leave them
+LINEAR = {
+    "cpu": ((256, 64, 512, 359), (256, 1, 1024, 717), (256, 64, 256, 179), (256, 1, 512, 307)),
+    "cuda": ((1024, 2048, 2048, 1435), (1024, 16, 2048, 1435), (1024, 2048, 1024, 717), (1024, 16, 3072, 2099), (1024, 2048, 512, 359)),
+}
+CONVOLUTION = {
+    "cpu": ((64, 28, 128, 90), (128, 14, 256, 179), (64, 28, 64, 45), (128, 14, 256, 205)),
+    "cuda": ((256, 28, 256, 179), (128, 56, 128, 90), (512, 14, 512, 359), (256, 28, 256, 205), (64, 56, 64, 45)),
+}
+BATCH = {"cpu": 1, "cuda": 16}  # of images
+
+Call = Callable[[], Any]
+Times = Callable[[Mapping[int, Call]], dict[int, float]]
+
+
+# ---- what is measured
+
+
+def torch_call(convolution: bool, outer: int, size: int, width: int, device: str, dtype: torch.dtype) -> Call:
+    """A pair of layers with a hidden layer of `width`, by torch."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype) / 16
+
+    if convolution:
+        x, a, b = tensor(BATCH[device], outer, size, size), tensor(width, outer, 1, 1), tensor(outer, width, 3, 3)
+        return lambda: F.conv2d(F.relu(F.conv2d(x, a)), b, padding=1)
+    x, a, b = tensor(size, outer), tensor(width, outer), tensor(outer, width)
+    return lambda: F.linear(F.relu(F.linear(x, a)), b)
+
+
+def onnx_call(convolution: bool, outer: int, size: int, width: int) -> Call:
+    """The same as an ONNX file, by ONNX Runtime on one thread of the CPU."""
+    random = np.random.default_rng(0)
+
+    def array(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape) / 16).astype(np.float32)
+
+    def weight(name: str, *shape: int) -> ir.Value:
+        return ir.Value(name=name, const_value=ir.tensor(array(*shape), name=name))
+
+    if convolution:
+        x, a, b = array(1, outer, size, size), weight("a", width, outer, 1, 1), weight("b", outer, width, 3, 3)
+    else:
+        x, a, b = array(size, outer), weight("a", outer, width), weight("b", width, outer)
+    op = "Conv" if convolution else "MatMul"
+    given = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
+    one = ir.node(op, [given, a])
+    two = ir.node("Relu", [one.outputs[0]])
+    three = ir.node(op, [two.outputs[0], b], attributes={"pads": [1, 1, 1, 1]} if convolution else {})
+    out = three.outputs[0]
+    out.name, out.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([given], [out], nodes=[one, two, three], initializers=[a, b], opset_imports={"": 17}, name="widths")
+    session = open_session(ir.Model(graph, ir_version=8))
+    return lambda: session.run(None, {"x": x})
+
+
+def _cpu_times(calls: Mapping[int, Call]) -> dict[int, float]:
+    """In turns, and by the fastest tenth: what other work on the machine slows is no property of a width."""
+    with threads(1), torch.no_grad():
+        found = interleaved({str(width): call for width, call in calls.items()}, warmup=2, repeats=9, seconds=0.25)
+    return {width: found[str(width)].p10 for width in calls}
+
+
+def _cuda_times(calls: Mapping[int, Call]) -> dict[int, float]:
+    return {width: time_calls([call], repeats=9, rounds=4).low for width, call in calls.items()}
+
+
+def probe(backend: str, dtype: torch.dtype, device: str, times: Times | None = None, seconds: float | None = None) -> Costs:
+    """Measure a device, "cpu" or "cuda": what each multiple costs."""
+    clock = times or (_cuda_times if device == "cuda" else _cpu_times)
+    make = onnx_call if backend == "onnxruntime" else partial(torch_call, device=device, dtype=dtype)
+    end = time.perf_counter() + (SECONDS[device] if seconds is None else seconds)
+    samples: dict[bool, list[Sample]] = {False: [], True: []}
+    for pair in zip(LINEAR[device], CONVOLUTION[device]):
+        for convolution, (outer, size, hidden, wanted) in zip((False, True), pair):
+            calls = {width: make(convolution, outer, size, width) for width in widths_of_sample(hidden, wanted)}
+            samples[convolution].append(Sample(hidden, wanted, clock(calls)))
+        if time.perf_counter() > end:
+            break
+    return Costs(relative_costs(samples[False]), relative_costs(samples[True]))
+
+
+# ---- what is kept
+
+
+def device_name(device: str) -> str:
+    """Of the current GPU, or of the processor."""
+    return torch.cuda.get_device_name() if device == "cuda" else _processor()
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def table(backend: str, device: str, root: Path | None = None) -> Cache[Costs]:
+    """Where measurements of a device by a backend are kept."""
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        versions = f"onnxruntime{onnxruntime.__version__}"
+    else:
+        library = torch.version.cuda or "none"
+        versions = f"torch{torch.__version__}-cuda{library}-cudnn{torch.backends.cudnn.version() or 'none'}"
+    return Cache(Costs, "widths", f"{device_name(device)}-{versions}", root)
+
+
+def measured(
+    backend: str, dtype: torch.dtype, device: str, again: bool = False, root: Path | None = None, times: Times | None = None
+) -> Costs:
+    """The costs of a device from the table; measured and kept if they are not in it, or `again`."""
+    kept, key = table(backend, device, root), _key(backend, dtype)
+    found = None if again else kept.get(key)
+    if found is None:
+        found = probe(backend, dtype, device, times)
+        kept.put(key, found)
+    return found
+
+
+def _key(backend: str, dtype: torch.dtype) -> str:
+    return f"{backend} {NAMES[dtype]} {VERSION}"
+
+
+def widths_of(program: Program, backend: str = "torch", device: Any = None, measure: bool = True, root: Path | None = None) -> Widths:
+    """What round_to="auto" means for a program.
+
+    Args:
+        backend: that is to run the result. A network that came as ONNX is run by ONNX Runtime.
+        device: where the backend is to run it, if not where the weights are.
+        measure: a GPU that was not measured yet may be; else only tables on disk count.
+    """
+    if os.environ.get(SWITCH) == "rule":
+        return Widths(source=f"by rule ({SWITCH}=rule)")
+    tensors = [v.tensor for v in program.weights.values() if v.tensor is not None and v.tensor.is_floating_point()]
+    if not tensors:
+        return RULE
+    main = max(tensors, key=lambda tensor: tensor.numel())
+    runtime = backend == "onnxruntime" or not hasattr(program.source, "module")
+    place = torch.device(device or "cpu").type if runtime else main.device.type
+    name = "onnxruntime" if runtime else "torch"
+    if main.dtype not in MEASURED.get((name, place), ()):
+        return Widths(source=f"by rule (nothing is measured for {name} on {place} in {str(main.dtype).removeprefix('torch.')})")
+    # float32 weights on a GPU are often run in half precision, by autocast or later on: the plan has to suit both
+    types = (main.dtype, torch.float16) if place == "cuda" and main.dtype is torch.float32 else (main.dtype,)
+    with torch.cuda.device(main.device) if place == "cuda" else nullcontext():
+        costs = [_costs(name, dtype, place, measure, root) for dtype in types]
+        found = [it for it in costs if it is not None]
+        if len(found) < len(costs):
+            return Widths(source="by rule (graphprune bench --widths measures this device)")
+        return Widths.measured(found, f"measured on {device_name(place)}, {name}, {' and '.join(NAMES[dtype] for dtype in types)}")
+
+
+def _costs(backend: str, dtype: torch.dtype, device: str, measure: bool, root: Path | None) -> Costs | None:
+    if backend == "onnxruntime":
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            return None
+    found = table(backend, device, root).get(_key(backend, dtype))
+    if found is None and measure and device == "cuda":
+        where = table(backend, device, root).folder
+        log.warning("measuring once which widths suit %s in %s; kept in %s", device_name(device), NAMES[dtype], where)
+        try:
+            found = measured(backend, dtype, device, again=True, root=root)
+        except RuntimeError as problem:  # memory is short, or the device is in use by a graph that is being captured
+            log.warning("it cannot be measured, the rule is kept: %s", str(problem).strip().splitlines()[0])
+    return found

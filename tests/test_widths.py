@@ -1,0 +1,229 @@
+"""round_to="auto": what times say about widths, where that is kept, and that plans use it where it was measured, and only there."""
+
+import json
+import logging
+
+import onnxruntime  # noqa: F401  its table is used below
+import pytest
+import torch
+from torch import nn
+
+import graphprune as gp
+from graphprune import bench
+from graphprune.allocation import choices, rounding
+from graphprune.backends import widths as backend
+from graphprune.backends.widths import CONVOLUTION, LINEAR, measured, probe, table, widths_of
+from graphprune.decisions import decide
+from graphprune.errors import InvalidInput
+from graphprune.planning import make_plan
+from graphprune.report import Report, tables
+from graphprune.widths import MULTIPLES, RULE, Costs, Sample, Widths, fitted, kept, relative_costs, smallest, widths_of_sample
+from tests.test_cli import call
+
+FLAT = (1.0,) * 7
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty cache that plans look into."""
+    monkeypatch.delenv(backend.SWITCH, raising=False)
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def linear(width: int = 512, dtype: torch.dtype = torch.float32) -> gp.Program:
+    return gp.capture(nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4)).to(dtype), torch.randn(3, 16, dtype=dtype))
+
+
+def both() -> gp.Program:
+    net = nn.Sequential(nn.Conv2d(3, 256, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 4))
+    return gp.capture(net.eval(), torch.randn(2, 3, 4, 4))
+
+
+def sizes(plan: gp.Plan) -> list[int]:
+    return [entry.size - len(entry.removed) for entry in plan.entries.values()]
+
+
+def where_only(multiple: int, penalty: float = 1.5):
+    """A clock of a device that is fast at multiples of one number, and takes time in proportion to the width besides."""
+
+    def clock(calls):
+        return {width: width * (1.0 if width % multiple == 0 else penalty) for width in calls}
+
+    return clock
+
+
+# ---- what times say
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("multiple", MULTIPLES[:-1])
+def test_the_multiple_that_a_device_needs_is_found(multiple, device):
+    for rows in (LINEAR[device], CONVOLUTION[device]):
+        samples = [
+            Sample(hidden, wanted, where_only(multiple)(widths_of_sample(hidden, wanted))) for _, _, hidden, wanted in rows if hidden >= 4 * multiple
+        ]
+        assert smallest(relative_costs(samples)) == multiple
+
+
+def test_without_any_gain_single_units_are_kept_and_small_gains_are_not_worth_a_multiple():
+    for penalty, expected in ((1.0, 1), (1.02, 1), (1.3, 8)):
+        samples = [Sample(hidden, wanted, where_only(8, penalty)(widths_of_sample(hidden, wanted))) for _, _, hidden, wanted in LINEAR["cuda"]]
+        assert smallest(relative_costs(samples)) == expected
+
+
+def test_costs_are_those_of_the_width_that_a_multiple_leads_to():
+    assert widths_of_sample(256, 179) == (179, 180, 184, 192) and kept(256, 179, 64) == 192 and kept(64, 45, 64) == 48
+    assert [fitted(64, width) for width in (64, 128, 256, 4096)] == [16, 32, 64, 64] and fitted(8, 16) == 8
+    times = {179: 4.0, 180: 2.0, 184: 2.0, 192: 1.0}
+    assert relative_costs([Sample(256, 179, times)]) == pytest.approx((4, 2, 2, 2, 1, 1, 1))
+    assert relative_costs([Sample(256, 179, times), Sample(256, 179, dict.fromkeys(times, 7.0))]) == pytest.approx((2, 2**0.5, 2**0.5, 2**0.5, 1, 1, 1))
+    assert smallest((1.5, 1.2, 1.02, 1.0, 1.0, 1.1, 1.2)) == 4 and smallest((1.031, 1.029, 1.0, 1.0, 1.0, 1.0, 1.0)) == 2
+
+
+def test_the_coarsest_of_several_types_is_taken():
+    found = Widths.measured([Costs(FLAT, (2, 2, 1, 1, 1, 1, 1)), Costs((2, 1, 1, 1, 1, 1, 1), FLAT)], "measured")
+    assert (found.linear, found.convolution) == (2, 4) and str(found) == "multiples of 2 (linear) and 4 (convolutions), measured"
+
+
+# ---- what plans do with it
+
+
+@pytest.mark.parametrize("multiple, left", [(1, 359), (4, 360), (8, 360), (64, 384)])
+def test_a_plan_keeps_the_multiples_that_it_is_given(multiple, left):
+    plan = make_plan(linear(), pruning_ratio=0.3, widths=Widths(multiple, 8, "measured on a device"))
+    assert sizes(plan) == [left] and plan.settings["rounding"].endswith("measured on a device")
+
+
+def test_convolutions_and_linear_layers_have_their_own():
+    assert sizes(make_plan(both(), pruning_ratio=0.3, widths=Widths(2, 32, "x"))) == [192, 360]
+    assert sizes(make_plan(both(), pruning_ratio=0.3)) == [184, 360]
+
+
+def test_a_multiple_never_keeps_a_cut_from_happening():
+    (group,) = linear(256).groups
+    coarse = Widths(64, 64, "x")
+    assert rounding(group, "auto", coarse) == 64 and choices(group, "auto", coarse, 1, 0.3) == [64]
+    assert choices(group, "auto", coarse, 1, 0.1) == [16], "of 25 units that may go"
+    assert choices(group, "auto", coarse, 1, 0.02) == choices(group, "auto", RULE, 1, 0.02) == []
+    assert choices(group, 64, coarse, 1, 0.1) == [], "what was asked for is kept to"
+    (narrow,) = linear(63).groups
+    assert rounding(narrow, "auto", coarse) == 1
+
+
+def test_only_auto_asks_what_was_measured():
+    asked = []
+
+    def widths(program):
+        asked.append(program)
+        return Widths(64, 64, "x")
+
+    def decided(**given):
+        return decide(linear, lambda *_, **__: None, widths=widths, pruning_ratio=0.3, **given).plan
+
+    assert sizes(decided(round_to=2)) == [360] and not asked
+    assert sizes(decided()) == [384] and len(asked) == 1
+
+
+def test_the_report_says_what_was_rounded_to_and_a_plan_gives_the_same_cut_anywhere(store, tmp_path):
+    program = linear()
+    ruled = gp.compile(program, pruning_ratio=0.3)
+    assert ruled.report.rounding == "multiples of 8, by rule (graphprune bench --widths measures this device)"
+    measured("torch", torch.float32, "cpu", times=where_only(64))
+    result = gp.compile(program, pruning_ratio=0.3)
+    assert sizes(result.plan) == [384] and sizes(ruled.plan) == [360]
+    assert result.report.rounding.startswith("multiples of") and "measured on" in result.report.rounding
+    assert "torch, float32" in " ".join(tables.plain(result.report).split()) and result.report.rounding in result.report.to_json()
+    assert Report.from_json(result.report.to_json()).rounding == result.report.rounding
+    result.report.save(tmp_path / "page.html")
+    assert result.report.rounding in (tmp_path / "page.html").read_text()
+    ruled.plan.save(tmp_path / "plan.json")
+    again = gp.apply(program, gp.Plan.load(tmp_path / "plan.json"))
+    assert again.plan.hash == ruled.plan.hash and again.report.rounding == ruled.report.rounding
+    assert gp.compile(program, pruning_ratio=0.3, round_to=4).report.rounding == "multiples of 4, as asked"
+
+
+# ---- the table
+
+
+def test_a_plan_on_a_cpu_reads_the_table_and_never_measures(store, monkeypatch):
+    assert widths_of(linear()).source == "by rule (graphprune bench --widths measures this device)" and not list(store.iterdir())
+    measured("torch", torch.float32, "cpu", times=where_only(32))
+    found = widths_of(linear())
+    assert (found.linear, found.convolution) == (32, 32) and found.source.startswith("measured on ") and found.source.endswith("torch, float32")
+    assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [384]
+    assert widths_of(linear(), "onnxruntime").linear == 8, "another backend has a table of its own"
+    measured("onnxruntime", torch.float32, "cpu", times=where_only(4))
+    assert widths_of(linear(), "onnxruntime").linear == 4
+    assert "nothing is measured for torch on cpu in bfloat16" in widths_of(linear(dtype=torch.bfloat16)).source
+    monkeypatch.setenv(backend.SWITCH, "rule")
+    assert widths_of(linear()).linear == 8 and "GRAPHPRUNE_WIDTHS=rule" in widths_of(linear()).source
+
+
+def test_a_gpu_is_measured_once_and_says_so(store, monkeypatch, caplog):
+    """With the processor in the place of a GPU: what decides is the device of the weights."""
+    asked = []
+
+    def stands_in(name, dtype, device, times=None, seconds=None):
+        asked.append(dtype)
+        return Costs((2, 2, 2, 2, 1, 1, 1) if dtype is torch.float16 else FLAT, FLAT)
+
+    monkeypatch.setattr(backend, "probe", stands_in)
+    monkeypatch.setattr(backend, "device_name", lambda device: "Some GPU")
+    found = [backend._costs("torch", dtype, "cuda", measure, None) for measure in (False, True, True) for dtype in (torch.float32, torch.float16)]
+    assert found[:2] == [None, None] and asked == [torch.float32, torch.float16]
+    assert Widths.measured(found[2:4], "").linear == 16 and list(found[5].linear) == list(found[3].linear)
+    assert caplog.text.count("measuring once which widths suit Some GPU") == 2
+
+    def busy(*_):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr(backend, "measured", lambda *_, **__: busy())
+    assert backend._costs("torch", torch.bfloat16, "cuda", True, None) is None and "the rule is kept: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["half", "short", "text", "negative"])
+def test_a_broken_table_is_ignored_with_a_message(store, caplog, damage):
+    measured("torch", torch.float32, "cpu", times=where_only(64))
+    (file,) = table("torch", "cpu").folder.glob("*.json")
+    entry = json.loads(file.read_text())
+    entry["measurement"]["linear"] = {"short": [1.0], "text": "fast", "negative": [-1.0] * 7}.get(damage)
+    file.write_text(file.read_text()[:30] if damage == "half" else json.dumps(entry))
+    with caplog.at_level(logging.WARNING, "graphprune"):
+        assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [360]
+    assert "is unreadable" in caplog.text and file.name in caplog.text
+    measured("torch", torch.float32, "cpu", times=where_only(64))
+    assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [384], "and measured again where one measures"
+
+
+def test_the_probe_runs_what_it_names():
+    """Both backends make the widths asked for; a time limit ends it after whole networks."""
+    seen = []
+
+    def clock(calls):
+        seen.append({width: call() for width, call in calls.items()})
+        return dict.fromkeys(calls, 1.0)
+
+    for name in ("torch", "onnxruntime"):
+        seen.clear()
+        assert list(probe(name, torch.float32, "cpu", clock, seconds=0).linear) == pytest.approx(FLAT)
+        (outer, rows, hidden, wanted), (channels, side, *_) = LINEAR["cpu"][0], CONVOLUTION["cpu"][0]
+        assert len(seen) == 2 and set(seen[0]) == set(widths_of_sample(hidden, wanted))
+        outputs = [(it if name == "torch" else it[0]).shape for found in seen for it in found.values()]
+        assert set(outputs) == {(rows, outer), (1, channels, side, side)}
+
+
+def test_the_command_prints_the_table_and_keeps_it(store, monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_times", where_only(16))
+    shown = call("bench", "--widths", "--json")
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.stdout)["rows"]
+    assert [(row["backend"], row["layers"]) for row in rows] == [(b, k) for b in ("torch", "onnxruntime") for k in ("linear", "conv")]
+    assert all(row["multiple"] == 16 for row in rows) and widths_of(linear()).linear == 16
+    lines = [line.split() for line in tables.plain(bench.widths("cpu")).splitlines() if "onnxruntime float32" in line]
+    assert [(line[2], line[-1]) for line in lines] == [("linear", "16"), ("conv", "16")]
+    for arguments, word in ((("--device", "tpu"), "cpu or cuda"), (("a.onnx",), "takes no models")):
+        refused = call("bench", "--widths", *arguments)
+        assert refused.exit_code == 2 and word in refused.output
+    with pytest.raises(InvalidInput, match="found device 'cuda:7'"):
+        bench.widths("cuda:7")
