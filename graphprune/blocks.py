@@ -6,8 +6,10 @@ then attention again. A network without branches has no blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from graphprune.branches import Branch, branches
 from graphprune.program import Node, Program, Value
@@ -35,6 +37,14 @@ class Stage:
     def end(self) -> Node:
         return self.branches[-1].join
 
+    @property
+    def name(self) -> str:
+        """The dotted path that all its weights have in common, up to its last number: as a rule that of a module. Empty where there is none."""
+        paths = [value.name.split(".")[:-1] for branch in self.branches for value in branch.weights]
+        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))]
+        end = max((i for i, part in enumerate(shared, 1) if part.isdigit()), default=len(shared))
+        return ".".join(shared[:end])
+
 
 def stages(program: Program) -> list[Stage]:
     """The blocks of a network, in topological order."""
@@ -55,6 +65,17 @@ def stages(program: Program) -> list[Stage]:
         found[-1].append(branch)
         seen.add(signature)
     return [Stage(tuple(part)) for part in found]
+
+
+def named_blocks(program: Program) -> dict[str, list[str]]:
+    """Name of a block -> its groups of kind layer; blocks without a name of their own are left out.
+
+    Without these branches the block passes its input on; what lies between them, as the norms behind the additions of an encoder, stays.
+    """
+    groups = {group.atom.join: group.name for group in program.analysis.groups if group.kind == "layer"}
+    found = stages(program)
+    times = Counter(stage.name for stage in found)
+    return {stage.name: [groups[b.join] for b in stage.branches] for stage in found if stage.name and times[stage.name] == 1}
 
 
 def stage_of(program: Program, groups: Sequence[Group]) -> dict[str, Stage]:

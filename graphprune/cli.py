@@ -90,13 +90,15 @@ def inspect(source: In, everything: Everything = False, talk: Talk = Talk()) -> 
     _kind(source)
     with progress(talk, f"reading {source.name}"):
         import graphprune as gp
+        from graphprune.blocks import named_blocks
         from graphprune.report import Frozen, GroupSummary, tables
 
         program = gp.capture(_model(source))
         groups = [GroupSummary.of(group) for group in program.groups]
         frozen = [Frozen.of(f"{value.name}[{axis}]", why) for value, axis, why in program.analysis.frozen_axes()]
-    data = {"groups": [asdict(g) for g in groups], "not_prunable": [asdict(f) for f in frozen]}
-    show(talk, lambda: data, lambda: tables.inventory(groups, frozen, everything))
+        blocks = named_blocks(program)
+    data = {"groups": [asdict(g) for g in groups], "blocks": blocks, "not_prunable": [asdict(f) for f in frozen]}
+    show(talk, lambda: data, lambda: tables.inventory(groups, frozen, everything, blocks))
 
 
 @verb("explain", "graphprune explain resnet50.onnx layer4.2.conv3")

@@ -58,8 +58,8 @@ class Plan:
         groups = program.analysis.by_name
         blocks = named_blocks(program) if any(name not in groups for name in removed) else {}
         entries = {}
-        for name, given in ((part, units) for key, units in removed.items() for part in blocks.get(key, [key])):
-            units = tuple(sorted(set(map(int, given))))
+        wanted = {key: tuple(sorted(set(map(int, units)))) for key, units in removed.items()}
+        for name, units in ((part, units) for key, units in wanted.items() for part in blocks.get(key, [key])):
             if name not in groups:
                 raise InvalidInput(f"no group or block is named {name!r}; `graphprune inspect` lists the names")
             group = groups[name]

@@ -74,7 +74,7 @@ def make_plan(
         scope: "local", "global", "isomorphic", or a scope object such as `Global(per="macs")`.
         ignore: what stays as it is; targets: the only things to cut, by what they produce. See `Selection`. Axes that constants of the
             code make are cut only where `targets` or `pruning_ratio` names them: see `Group.spared`.
-        remove: explicit units by group name; then nothing else decides.
+        remove: explicit units by group name, or `{"model.layers.3": [0]}` for a whole block; then nothing else decides.
         loss: `loss(output)` or `loss(output, batch)`, for gradient scores.
         measure: builds candidates and measures them, for the budgets `latency_ms` and `accuracy_drop`; `compile` brings it.
         widths: what round_to="auto" keeps multiples of; `compile` brings what was measured on the device.
@@ -86,8 +86,9 @@ def make_plan(
     """
     analysis = program.analysis
     if remove is not None:
-        Cut(analysis, remove)
-        return Plan.of(program, remove, repair)
+        plan = Plan.of(program, remove, repair)
+        Cut(analysis, plan.removed)
+        return plan
     if pruning_ratio is None and budget is None:
         pruning_ratio = DEFAULT_RATIO
         notice = "no pruning_ratio or budget is given: %d%% of every group go, by %s; quality is not measured"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.blocks import stages
+from graphprune.blocks import named_blocks, stages
 from graphprune.calibration import Similarity, Statistics
 from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.importance.depth import angular_distance, block_influence
+from graphprune.planning import make_plan
 from graphprune.recipes import RECIPES
+from graphprune.report import GroupSummary
+from graphprune.report.tables import inventory, plain
 from graphprune.verify.candidates import Masked
 from tests.randomise import seeded
 from tests.zoo import TINY, Decoder, SwiGLU
@@ -141,6 +145,82 @@ def test_convnets_have_blocks_too():
         pytest.skip("the tiny network has one branch that can go")
     result = gp.compile(case.module, case.args, recipe="shortgpt", pruning_ratio=0.5, calibration_data=[case.args])
     assert 1 <= len(result.plan.entries) < len(layers) and result.certificate.status == "passed"
+
+
+# ---- blocks by name
+
+
+def test_a_block_goes_by_its_name():
+    model, data = decoder(4)
+    program = gp.capture(model, data[0])
+    assert list(named_blocks(program)) == [f"blocks.{i}" for i in range(4)]
+    branches = ["blocks.2.norm1:layer", "blocks.2.norm2:layer"]
+    plan = gp.plan(program, remove={"blocks.2": [0], "blocks.0.norm1:layer": [0]})
+    assert list(plan.removed) == [*branches, "blocks.0.norm1:layer"]
+    assert make_plan(program, remove={"blocks.2": [0]}).removed == dict.fromkeys(branches, (0,))
+    result = gp.apply(model, gp.plan(program, remove={"blocks.2": [0]}), data[0])
+    assert result.certificate.status == "passed"
+    without = copy.deepcopy(model)
+    del without.blocks[2]
+    torch.testing.assert_close(result.module(data[1]), without(data[1]))
+    with pytest.raises(InvalidInput, match=r"no group or block is named 'blocks\.4'"):
+        gp.plan(program, remove={"blocks.4": [0]})
+    with pytest.raises(InvalidInput, match=r"units 0\.\.0, found unit 1"):
+        gp.plan(program, remove={"blocks.2": [1]})
+
+
+def test_targets_and_ignore_take_a_block():
+    model, data = decoder(4)
+    program = gp.capture(model, data[0])
+    order = [group.name for group in program.groups]
+    given = {"units": "layer", "pruning_ratio": 0.5, "importance": lambda group: [float(order.index(group.name))]}
+    assert {name.rpartition(".")[0] for name in gp.plan(program, targets=["blocks.1", "blocks.2"], **given).removed} <= {"blocks.1", "blocks.2"}
+    everywhere, spared = ({n.rpartition(".")[0] for n in gp.plan(program, ignore=i, **given).removed} for i in ((), ["blocks.0"]))
+    assert "blocks.0" in everywhere and "blocks.0" not in spared
+
+
+def test_blocks_are_listed():
+    model, data = decoder(12)
+    program = gp.capture(model, data[0])
+    groups = [GroupSummary.of(group) for group in program.groups]
+    short, whole = (plain(inventory(groups, (), everything, named_blocks(program))) for everything in (False, True))
+    assert "blocks: 12, each all its layers together" in short and "blocks.3  2 layers" in short and "2 more (--all" in short
+    assert whole.count("blocks.11.norm2:layer") == 2 and "more (" not in whole
+
+
+def test_a_name_ends_with_the_number_of_the_block():
+    class Sublayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = [nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(2)]
+            self.first, self.end = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.block = nn.ModuleList(nn.ModuleDict({"layer": part}) for part in parts)
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.block:
+                x = x + block["layer"](x)
+            return self.end(x)
+
+    program = gp.capture(Sublayers(), torch.randn(2, 6))
+    assert named_blocks(program) == {f"block.{i}": [f"block.{i}.layer.0:layer"] for i in range(2)}
+
+
+def test_parts_that_share_a_path_have_no_name():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.end = (nn.Linear(6, 6) for _ in range(5))
+
+        def forward(self, x):
+            x = self.end(x)
+            x = x + self.b(self.a(x).relu())
+            return self.end(x + self.d(self.c(x).relu()))
+
+    program = gp.capture(Flat(), torch.randn(2, 6))
+    assert len(stages(program)) == 2 and named_blocks(program) == {}
+    with pytest.raises(InvalidInput, match="no group or block is named ''"):
+        gp.plan(program, remove={"": [0]})
 
 
 def test_depth_recipes_are_listed():

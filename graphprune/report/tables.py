@@ -223,8 +223,17 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everything: bool = False) -> ConsoleRenderable:
-    """A tree of what can be cut, by kind, then of what cannot and why; long lists are cut short unless `everything`."""
+def inventory(
+    groups: Sequence[GroupSummary],
+    frozen: Sequence[Frozen],
+    everything: bool = False,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+) -> ConsoleRenderable:
+    """A tree of what can be cut, by kind, then of what cannot and why; long lists are cut short unless `everything`.
+
+    Args:
+        blocks: name of a block -> its groups of kind layer, which go together.
+    """
     most = None if everything else LONGEST
     prunable = Tree(f"[bold]prunable[/]: {plural(len(groups), 'group')}")
     by_kind = defaultdict(list)
@@ -241,6 +250,12 @@ def inventory(groups: Sequence[GroupSummary], frozen: Sequence[Frozen], everythi
                 leaf.add(Text(group.spared, style="yellow"))
             for member in group.members if everything else ():
                 leaf.add(Text(member, style="dim"))
+    if blocks:
+        branch = prunable.add(f"[cyan]blocks[/]: {len(blocks)}, each all its layers together")
+        for name, parts in _first(branch, list(blocks.items()), most):
+            leaf = branch.add(Text(f"{name if everything else tail(name, 40)}  {plural(len(parts), 'layer')}"))
+            for part in parts if everything else ():
+                leaf.add(Text(part, style="dim"))
     kept = Tree(f"[bold]not prunable[/]: {len(frozen)}")
     by_reason = defaultdict(list)
     for entry in frozen:
