@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The dotted path that all its weights have in common, up to its last number: as a rule that of a module. Empty where there is none."""
+        """The dotted path that all its weights have in common, up to its last number: as a rule that of a module."""
         paths = [value.name.split(".")[:-1] for branch in self.branches for value in branch.weights]
         shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))]
         end = max((i for i, part in enumerate(shared, 1) if part.isdigit()), default=len(shared))

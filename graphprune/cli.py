@@ -198,10 +198,10 @@ def bench(
         str | None, typer.Option("--crossover", metavar="ROWSxCOLUMNS", help="No models: where do sparse kernels pay on this GPU?")
     ] = None,
     tokens: Annotated[str, typer.Option("--tokens", metavar="A,B", help="Numbers of tokens for --crossover.")] = "1,16,2048",
-    talk: Talk = Talk(),  # noqa: B008
-) -> None:
     widths: Annotated[bool, typer.Option("--widths", help="No models: which widths run well? Kept for --round-to auto.")] = False,
     device: Annotated[str, typer.Option("--device", help="What --widths measures: cpu or cuda.")] = "cpu",
+    talk: Talk = Talk(),  # noqa: B008
+) -> None:
     """Time two models in turns on the CPU: ONNX files by ONNX Runtime, folders by PyTorch."""
     if crossover is not None:
         if a is not None or b is not None:
@@ -211,8 +211,6 @@ def bench(
 
             table = bench.crossover(crossover, _numbers(tokens, "--tokens"))
         return show(talk, lambda: asdict(table), lambda: table)
-    if a is None or b is None:
-        raise InvalidInput("bench takes two models, as in graphprune bench before.onnx after.onnx; or --crossover ROWSxCOLUMNS or --widths")
     if widths:
         if a is not None or b is not None:
             raise InvalidInput("--widths measures layers with random weights and takes no models")
@@ -221,6 +219,8 @@ def bench(
 
             costs = bench.widths(device)
         return show(talk, lambda: asdict(costs), lambda: costs)
+    if a is None or b is None:
+        raise InvalidInput("bench takes two models, as in graphprune bench before.onnx after.onnx; or --crossover ROWSxCOLUMNS or --widths")
     _exist(a, b)
     if a.is_dir() != b.is_dir():
         raise InvalidInput("an .onnx file and a folder are run by different runtimes, so their times do not compare; give two of a kind")
