@@ -1,28 +1,35 @@
 """Runs a result, or an ONNX model, by ONNX Runtime: on the CPU, or on CUDA where that is asked for. Nothing falls back silently.
 
-On CUDA, inputs and outputs stay on the device (I/O binding). A CUDA graph replays one launch for fixed sizes: inputs are copied into the
-buffers that it was captured with.
+On CUDA, inputs and outputs stay on the device (I/O binding). A CUDA graph replays one launch for one set of sizes: each set that comes gets
+a graph and buffers of its own, which inputs are copied into.
+
+Float32 models can be fused, fixed to sizes and run in 16 bits (`onnx_tuning`); what that changes is measured against the model as it was.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 
-from graphprune.errors import InvalidInput, MissingExtra
+from graphprune.errors import InvalidInput, MissingExtra, VerificationFailed
 from graphprune.measure import Stats, interleaved
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
     "tensor(double)": torch.float64,
     "tensor(int64)": torch.int64,
     "tensor(int32)": torch.int32,
@@ -30,10 +37,13 @@ TORCH_TYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(int8)": torch.int8,
 }
-NUMPY_TYPES = {
-    torch.float32: np.float32, torch.float16: np.float16, torch.float64: np.float64, torch.int64: np.int64,
-    torch.int32: np.int32, torch.bool: np.bool_, torch.uint8: np.uint8, torch.int8: np.int8,
+BINDING_TYPES = {
+    torch.float32: np.float32, torch.float16: np.float16, torch.float64: np.float64, torch.int64: np.int64, torch.int32: np.int32,
+    torch.bool: np.bool_, torch.uint8: np.uint8, torch.int8: np.int8, torch.bfloat16: int(onnx.TensorProto.BFLOAT16),
 }  # fmt: skip
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # largest difference over the largest entry, output by output
+NO_KERNEL = re.compile(r"Could not find an implementation for (?:[\w.]+:)?(\w+)\(\d+\)")
+log = logging.getLogger("graphprune")
 
 
 def check_device(device: str) -> Any:
@@ -60,17 +70,18 @@ def check_device(device: str) -> Any:
 
 
 def open_session(
-    model: Any, device: str = "cpu", threads: int | None = 1, cuda_graph: bool = False, optimize: bool = True, float16: bool = False
-) -> Any:
+    model: Any, device: str = "cpu", threads: int | None = 1, cuda_graph: bool = False, optimize: bool = True,
+    provider_options: Mapping[str, str] | None = None,
+) -> Any:  # fmt: skip
     """An ONNX Runtime session.
 
     Args:
         model: a path, an `onnx_ir.Model`, a program captured from ONNX, or a result (which is saved as ONNX for it).
         device: "cpu", "cuda" or "cuda:1".
         threads: CPU threads of one operator; None leaves that to ONNX Runtime.
-        cuda_graph: capture the launches once and replay them; sizes are fixed then.
+        cuda_graph: launches can be captured and replayed.
         optimize: let ONNX Runtime fuse and fold.
-        float16: convert weights and arithmetic; inputs and outputs keep their types.
+        provider_options: of the CUDA provider, e.g. {"prefer_nhwc": "1"}.
 
     Raises:
         MissingExtra: ONNX Runtime, or its CUDA provider, is not installed or does not start.
@@ -78,17 +89,18 @@ def open_session(
     """
     onnxruntime = check_device(device)
     kind, _, index = device.partition(":")
-    if cuda_graph and kind != "cuda":
-        raise InvalidInput(f"cuda_graph=True needs device='cuda', found {device!r}")
+    for name, given in (("cuda_graph=True", cuda_graph), ("provider_options", provider_options)):
+        if given and kind != "cuda":
+            raise InvalidInput(f"{name} needs device='cuda', found {device!r}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings = {"device_id": index or "0", "enable_cuda_graph": str(int(cuda_graph))} if kind == "cuda" else {}
+    settings = {"device_id": index or "0", "enable_cuda_graph": str(int(cuda_graph)), **(provider_options or {})} if kind == "cuda" else {}
     with tempfile.TemporaryDirectory() as folder:
-        source = _source(model, Path(folder), float16)
+        source = os.fspath(_file(model, Path(folder)))
         try:
             session = onnxruntime.InferenceSession(source, options, providers=[(PROVIDERS[kind], settings)])
         except Exception as error:  # its exceptions share no base of their own
@@ -100,54 +112,115 @@ def open_session(
     return session
 
 
-def _source(model: Any, folder: Path, float16: bool) -> str:
-    """A file that ONNX Runtime can read."""
+def _file(model: Any, folder: Path) -> Path:
+    """A file that ONNX Runtime can read: the model's own, or one in `folder`."""
     file = folder / "model.onnx"
     if isinstance(model, (str, os.PathLike)):
         if not Path(model).is_file():
             raise InvalidInput(f"no ONNX file at {model}")
-        file = Path(model)
-    elif isinstance(model, ir.Model) or hasattr(getattr(model, "source", None), "model"):
+        return Path(model)
+    if isinstance(model, ir.Model) or hasattr(getattr(model, "source", None), "model"):
         ir.save(model if isinstance(model, ir.Model) else model.source.model, file, external_data="model.onnx.data")
     else:
         model.save(file)
-    if float16:
-        file = _half(file, folder / "half.onnx")
-    return os.fspath(file)
-
-
-def _half(file: Path, target: Path) -> Path:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True, disable_shape_infer=True), target)
-    return target
+    return file
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph for one set of sizes, and the buffers that it reads and writes."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: list[torch.Tensor]
+    binding: Any
+    options: Any  # names the graph to ONNX Runtime, which replays it without waiting
+
+
 class OnnxRuntimeModel:
     """Callable like the model: tensors or arrays in, by position or by input name; one tensor or a tuple of them out.
 
-    Takes the options of `open_session`. With I/O binding (always on CUDA) the memory of tensors is used as it is, and outputs are tensors
-    on the device.
+    Takes the options of `open_session` besides these. With I/O binding (always on CUDA) the memory of tensors is used as it is, and outputs
+    are tensors on the device.
+
+    Args:
+        cuda_graph: capture the launches once for each set of input sizes, and replay them.
+        precision: "float32", "float16" or "bfloat16": the arithmetic of what is float32 in the model.
+        keep_io_types: float32 inputs and outputs stay float32 in 16-bit precision.
+        wide: op types that stay in float32, beside those that always do.
+        fuse: replace attention, skip-norm and GELU by ONNX Runtime's own operators, where the outputs stay the same.
+        sizes: open axes that get fixed sizes, by the axis' name or (for the first axis) the input's: masks and positions become constants.
+        check: compare with the float32 model on the CPU: True on random inputs like the example, or the inputs to use; False does not.
+        tolerance: the largest relative difference that `check` lets pass, by default that of `TOLERANCE`.
+
+    Attributes:
+        fused: operators of ONNX Runtime that were put in, and how many of each.
+        error: the relative difference that was found; None where nothing was changed or checked.
+
+    Raises:
+        VerificationFailed: 16-bit arithmetic moves the outputs by more than `tolerance`.
     """
 
-    def __init__(self, model: Any, *, device: str = "cpu", io_binding: bool = False, cuda_graph: bool = False, **options: Any) -> None:
-        self.session = open_session(model, device, cuda_graph=cuda_graph, **options)
+    def __init__(
+        self, model: Any, *, device: str = "cpu", io_binding: bool = False, cuda_graph: bool = False, precision: str = "float32",
+        keep_io_types: bool = True, wide: Sequence[str] = (), fuse: bool = False, sizes: Mapping[str, int] | None = None,
+        check: bool | Sequence[Any] = True, tolerance: float | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        check_device(device)
+        if precision not in TOLERANCE:
+            raise InvalidInput(f"precision is one of {', '.join(TOLERANCE)}, found {precision!r}")
         self.device = torch.device(device)
-        self.io_binding = io_binding or self.device.type == "cuda"
-        self.cuda_graph = cuda_graph
-        self.inputs = {it.name: it for it in self.session.get_inputs()}
-        self.outputs = [it.name for it in self.session.get_outputs()]
-        self._captured: tuple[Any, dict[str, torch.Tensor], list[torch.Tensor]] | None = None
+        self.cuda_graph, self.precision = cuda_graph, precision
+        self.fused: dict[str, int] = {}
+        self.error: float | None = None
+        self.stream: Any = None
+        session_options = {**options, "device": device, "cuda_graph": cuda_graph}
+        if self.device.type == "cuda":  # one stream for torch and for the session, so that neither waits for the other
+            self.stream = torch.cuda.Stream(self.device)
+            own = {"user_compute_stream": str(self.stream.cuda_stream)}
+            session_options["provider_options"] = {**own, **(options.get("provider_options") or {})}
+        if precision == "float32" and not fuse and not sizes:
+            self._take(open_session(model, **session_options), io_binding)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = _file(model, Path(folder))
+            examples = _examples(model, file) if check is True else check or None
+            tuning = _Tuning(file, Path(folder), sizes or {}, examples, session_options, options.get("threads", 1))
+            if fuse:
+                self.fused, self.error = tuning.fuse()
+            if precision != "float32":
+                session = tuning.narrow(precision, keep_io_types, wide)
+            else:
+                session = tuning.open()
+            self._take(session, io_binding)
+            if examples is not None:
+                self.error = self._error(tuning, TOLERANCE[precision] if tolerance is None else tolerance)
+
+    def _take(self, session: Any, io_binding: bool) -> None:
+        self.session = session
+        self.inputs = {it.name: it for it in session.get_inputs()}
+        self.outputs = [it.name for it in session.get_outputs()]
+        binds = any(it.type == "tensor(bfloat16)" for it in (*self.inputs.values(), *session.get_outputs()))  # numpy has no such type
+        self.io_binding = io_binding or binds or self.device.type == "cuda"
+        self._captured: dict[tuple, Captured] = {}
+
+    def _error(self, tuning: _Tuning, tolerance: float) -> float:
+        found = self(*tuning.examples)
+        error = _distance(found if isinstance(found, tuple) else (found,), tuning.expected)
+        if not error <= tolerance:
+            raise VerificationFailed(
+                f"{self.precision} moves the outputs by {error:.1e} of their largest entry, more than tolerance={tolerance:g} allows; "
+                "name op types that stay in float32 with wide=, or take another precision="
+            )
+        return error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         feeds = self._feeds(args, kwargs)
         if not self.io_binding:
-            found = self.session.run(self.outputs, {name: _array(value) for name, value in feeds.items()})
+            found = self.session.run(self.outputs, {name: self._array(name, value) for name, value in feeds.items()})
             outputs = [torch.from_numpy(it) if isinstance(it, np.ndarray) else it for it in found]
         elif self.cuda_graph:
             outputs = self._replay(feeds)
@@ -160,12 +233,37 @@ class OnnxRuntimeModel:
         feeds = {name: self._placed(name, value) for name, value in self._feeds(args, kwargs).items()}
         return interleaved({"call": lambda: self(**feeds)}, repeats=repeats, device=self.device)["call"]
 
+    def capture(self, *args: Any, **kwargs: Any) -> Captured:
+        """The CUDA graph for the sizes of these inputs, which are in its buffers now; it is captured where there is none yet."""
+        feeds = self._feeds(args, kwargs)
+        tensors = {name: self._placed(name, value) for name, value in feeds.items()}
+        key = tuple(tuple(tensor.shape) for tensor in tensors.values())
+        if key not in self._captured:
+            buffers = {name: tensor.clone() for name, tensor in tensors.items()}
+            outputs = self._empty_outputs(buffers)
+            binding = self._bind(buffers)
+            for name, out in zip(self.outputs, outputs):
+                binding.bind_output(name, *self._place(), BINDING_TYPES[out.dtype], tuple(out.shape), out.data_ptr())
+            self._captured[key] = Captured(buffers, outputs, binding, _run_options(len(self._captured) + 1))
+            self.launch(self._captured[key])  # the first run captures
+        captured = self._captured[key]
+        for name, tensor in tensors.items():
+            captured.inputs[name].copy_(tensor)
+        return captured
+
+    def launch(self, captured: Captured) -> None:
+        """Run a captured graph on what its buffers hold, in the order of the current stream."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        self.session.run_with_iobinding(captured.binding, captured.options)
+        current.wait_stream(self.stream)
+
     def _feeds(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         feeds = {**dict(zip(self.inputs, args)), **kwargs}
         if len(args) > len(self.inputs) or set(feeds) != set(self.inputs):
             found = f"{len(args)} by position and {', '.join(kwargs) or 'none'} by name"
             raise InvalidInput(f"the model takes {', '.join(self.inputs)}; found {found}")
-        return feeds
+        return {name: feeds[name] for name in self.inputs}
 
     def _placed(self, name: str, value: Any) -> torch.Tensor:
         """An input on the device, laid out and typed as the model wants it."""
@@ -175,53 +273,141 @@ class OnnxRuntimeModel:
             raise InvalidInput(f"input {name!r} is of type {self.inputs[name].type}, which cannot be placed on a device here")
         return tensor.to(self.device, wanted).contiguous()
 
+    def _array(self, name: str, value: Any) -> np.ndarray:
+        array = _array(value)
+        wanted = TORCH_TYPES.get(self.inputs[name].type)
+        floats = wanted is not None and wanted.is_floating_point and np.issubdtype(array.dtype, np.floating)
+        return array.astype(BINDING_TYPES[wanted], copy=False) if floats and wanted is not None else array
+
+    def _place(self) -> tuple[str, int]:
+        return self.device.type, self.device.index or 0
+
     def _bind(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         binding = self.session.io_binding()
         for name, tensor in tensors.items():
-            place = (self.device.type, self.device.index or 0)
-            binding.bind_input(name, *place, NUMPY_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, *self._place(), BINDING_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         return binding
 
-    def _bound(self, feeds: Mapping[str, Any]) -> list[torch.Tensor]:
+    def _bound(self, feeds: Mapping[str, Any], options: Any = None) -> list[torch.Tensor]:
         tensors = {name: self._placed(name, value) for name, value in feeds.items()}
         binding = self._bind(tensors)
         for name in self.outputs:
-            binding.bind_output(name, self.device.type, self.device.index or 0)
-        self._run(binding)
+            binding.bind_output(name, *self._place())
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.session.run_with_iobinding(binding, options)  # waits for its stream
         return [_tensor(value, self.device) for value in binding.get_outputs()]
 
-    def _run(self, binding: Any) -> None:
-        if self.device.type == "cuda":  # ONNX Runtime works on a stream of its own
-            torch.cuda.current_stream(self.device).synchronize()
-        self.session.run_with_iobinding(binding)
-
     def _replay(self, feeds: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Copy the inputs into the captured buffers and launch the graph; the first call finds the outputs' sizes and captures."""
-        if self._captured is None:
-            tensors = {name: self._placed(name, value).clone() for name, value in feeds.items()}
-            outputs = self._empty_outputs()
-            binding = self._bind(tensors)
-            for name, out in zip(self.outputs, outputs):
-                place = (self.device.type, self.device.index or 0)
-                binding.bind_output(name, *place, NUMPY_TYPES[out.dtype], tuple(out.shape), out.data_ptr())
-            self._captured = binding, tensors, outputs
-        binding, tensors, outputs = self._captured
-        for name, value in feeds.items():
-            if tuple(value.shape) != tuple(tensors[name].shape):
-                was = list(tensors[name].shape)
-                raise InvalidInput(f"a CUDA graph has fixed sizes: input {name!r} was {was}, found {list(value.shape)}")
-            tensors[name].copy_(self._placed(name, value))
-        self._run(binding)
-        return [out.clone() for out in outputs]
+        captured = self.capture(**feeds)
+        self.launch(captured)
+        return [out.clone() for out in captured.outputs]
 
-    def _empty_outputs(self) -> list[torch.Tensor]:
-        found = []
-        for it in self.session.get_outputs():
-            if not all(isinstance(size, int) for size in it.shape) or it.type not in TORCH_TYPES:
-                found_type = f"{it.type} of {it.shape}"
-                raise InvalidInput(f"a CUDA graph needs fixed sizes, but output {it.name!r} is {found_type}; export without dynamic axes")
-            found.append(torch.empty(it.shape, dtype=TORCH_TYPES[it.type], device=self.device))
-        return found
+    def _empty_outputs(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Buffers of the outputs' sizes, which open axes are only known for after a run."""
+        outputs = self.session.get_outputs()
+        if all(isinstance(size, int) for it in outputs for size in it.shape):
+            return [torch.empty(it.shape, dtype=TORCH_TYPES[it.type], device=self.device) for it in outputs]
+        return [torch.empty_like(it) for it in self._bound(tensors, _run_options(-1))]
+
+
+def _run_options(graph: int) -> Any:
+    """Options of a run that captures, or replays, the CUDA graph of this number; -1 for none."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    if graph >= 0:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+class _Tuning:
+    """A model on its way to a session: each step is tried on a copy, and compared with what the float32 model gives on the CPU."""
+
+    def __init__(
+        self, file: Path, folder: Path, sizes: Mapping[str, int], examples: Sequence[Any] | None, options: Mapping[str, Any],
+        threads: int | None,
+    ) -> None:  # fmt: skip
+        from graphprune.backends import onnx_tuning
+
+        self.steps, self.file, self.folder, self.sizes = onnx_tuning, file, folder, sizes
+        self.options, self.threads, self.fused = options, threads, False
+        self.examples: Sequence[Any] = ()
+        if examples is not None:
+            self.examples = [_resized(it, value.shape) for it, value in zip(examples, self._model().graph.inputs)]
+            self.expected = self._on_cpu(file)
+
+    def _model(self) -> ir.Model:
+        """The model after the steps so far; its large weights stay on disk until they are converted."""
+        model = ir.load(self.file)
+        if self.sizes:
+            self.steps.fix_sizes(model, self.sizes)
+        if self.fused:
+            self.steps.fuse(model)
+        return model
+
+    def _on_cpu(self, model: Any) -> list[torch.Tensor]:
+        found = OnnxRuntimeModel(model, threads=self.threads)(*self.examples)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def fuse(self) -> tuple[dict[str, int], float | None]:
+        """The operators that came in, and by how much they move the outputs; none where that is too much or they do not run."""
+        model, error = self._model(), None
+        fused = self.steps.fuse(model)
+        if self.examples:
+            try:
+                error = _distance(self._on_cpu(model), self.expected)
+            except Exception as problem:  # of the session or of its run: its exceptions share no base of their own
+                log.warning("fusions for ONNX Runtime are left out: %s", _first_line(problem))
+                return {}, None
+            if not error <= TOLERANCE["float32"]:
+                log.warning("fusions for ONNX Runtime are left out: they move the outputs by %.1e of their largest entry", error)
+                return {}, None
+        self.fused = True
+        return fused, error
+
+    def narrow(self, precision: str, keep_io: bool, wide: Sequence[str]) -> Any:
+        """A session in 16 bits. An operator that ONNX Runtime has no 16-bit kernel for stays in float32."""
+        stays = set(wide)
+        while True:
+            model = self._model()
+            self.steps.narrow(model, precision, keep_io, stays)
+            try:
+                return open_session(model, **self.options)
+            except InvalidInput as problem:
+                missing = NO_KERNEL.search(str(problem))
+                if missing is None or missing[1] in stays:
+                    raise
+                log.info("%s has no %s kernel here and stays in float32", missing[1], precision)
+                stays.add(missing[1])
+
+    def open(self) -> Any:
+        return open_session(self._model(), **self.options)
+
+
+def _examples(model: Any, file: Path) -> list[Any]:
+    """Random inputs like those that the model was captured with."""
+    from graphprune.api import capture
+    from graphprune.verify.certificate import random_inputs
+
+    program = getattr(model, "program", None) or (model if hasattr(model, "example_inputs") else capture(file))
+    return [x for x in random_inputs(program, seed=1) if isinstance(x, torch.Tensor)]
+
+
+def _resized(example: Any, shape: Any) -> torch.Tensor:
+    """An example at the model's fixed sizes: repeated or cut, axis by axis."""
+    tensor = torch.as_tensor(example)
+    for axis, size in enumerate(shape or ()):
+        if isinstance(size, int) and size != tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
+    return tensor
+
+
+def _distance(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    from graphprune.verify.certificate import distance
+
+    return distance([it.cpu() for it in found], [it.cpu() for it in expected])
 
 
 def _array(value: Any) -> np.ndarray:
