@@ -139,10 +139,12 @@ def plan(
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
     """Candidates as `_latency` times them: the way the report does."""
 
+    held: dict[str, Any] = {}
+
     def latency(program: Program, pruned: Program, module: nn.Module | None) -> tuple[float, float] | None:
         sizes = Report(Footprint(0, 0, 0), Footprint(0, 0, 0))  # of no interest here
         place = str(device) if device is not None else None
-        return _latency(Result(program, pruned, Plan(), sizes, None, backend, module, None, place), paired)
+        return _latency(Result(program, pruned, Plan(), sizes, None, backend, module, None, place), paired, held)
 
     return Trials(program, latency, **given)
 
@@ -339,10 +341,10 @@ def _apply(
 MEASURE_SECONDS = 0.5
 
 
-def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:
+def _latency(result: Result, timed: Callable[..., Any] | None = None, held: dict[str, Any] | None = None) -> Any:
     """One call before and after, in turns: by ONNX Runtime where that is the backend or the network came as ONNX, else as a torch module.
 
-    None where that does not run it. `timed` takes the place of `_timed`.
+    None where that does not run it. `timed` takes the place of `_timed`; `held` keeps the network before between calls.
     """
     from graphprune.capture.torch_export import evaluating
 
@@ -354,8 +356,10 @@ def _latency(result: Result, timed: Callable[..., Any] | None = None) -> Any:
             from graphprune.backends.onnxruntime import OnnxRuntimeModel
             from graphprune.results import exported
 
-            pair = (program, result.pruned) if module is None else (exported(source.module, source), exported(module, source))
-            runs = [OnnxRuntimeModel(it, device=place) for it in pair]
+            held = {} if held is None else held
+            if "before" not in held:
+                held["before"] = OnnxRuntimeModel(program if module is None else exported(source.module, source), device=place)
+            runs = [held["before"], OnnxRuntimeModel(result.pruned if module is None else exported(module, source), device=place)]
         except GraphPruneError as why:
             log.info("latency was not measured: %s", why)
             return None
