@@ -39,6 +39,7 @@ from graphprune.program import Node, Program, Value
 FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
 TOKENS = (1, 16, 2048)  # where it is decided: one sequence and a batch that decode, and prefill
 WASTE = 1.1  # blocks may store so many times the weights that are kept
+EACH = "each"  # the path of weights side by side where one product each is faster
 GAIN = 1.03  # what weights side by side must gain over one product each
 FEWEST_ZEROS = 0.1  # of a weight without a plan, to count as masked
 
@@ -85,32 +86,37 @@ def sparse_module(
             factor = factors.setdefault((id(site.held), site.transposed), Factor(name, mask.T if site.transposed else mask, []))
             factor.sites.append(site)
 
-    def make(*side_by_side: Factor) -> Product:
+    def make(side_by_side: Sequence[Factor], counts: Iterable[int]) -> Product:
         where = device if device is not None else side_by_side[0].sites[0].held.device
-        return Product(side_by_side, tuple(sorted(tokens)), gate or Gate(where), force)
+        return Product(side_by_side, tuple(sorted(counts)), gate or Gate(where), force)
 
-    placed: list[tuple[Product, Factor]] = []
-
-    layers: dict[str, Layer] = {}
+    layers: dict[str, list[Layer]] = {}
     for several in _side_by_side(getattr(result, "program", None), factors.values()):
-        product, single = make(*several), [make(it) for it in several]
-        chosen = [product] if len(several) == 1 or force or product.beats(single) else single
-        parts = [several] if len(chosen) == 1 else [(it,) for it in several]
-        for product, part in zip(chosen, parts):
-            for index, factor in enumerate(part):
-                placed.append((product, factor))
-                for site in factor.sites:
-                    site.place(product, index)
-            layers |= dict.fromkeys([it.name for it in part], _layer(part, product.decisions))
-    for product, factor in placed:
-        if not keep_dense and product.formats:
-            product.expands = True
-            _to_host(factor)
+        single = [make([it], tokens) for it in several]
+        product, apart = single[0], set(tokens)
+        if len(several) > 1:
+            product = make(several, tokens)
+            gains = {count: float("inf") for count in tokens} if force else product.gains(single)
+            if max(gains.values()) > GAIN:
+                apart = {count for count, gain in gains.items() if gain < 1.0}
+                if apart:
+                    product, single = make(several, set(tokens) - apart), [make([it], apart) for it in several]
+                    product.leave(single)
+        together = len(several) > 1 and apart != set(tokens)
+        for index, factor in enumerate(several):
+            runs = [product, *([single[index]] if apart else [])] if together else [single[index]]
+            for site in factor.sites:
+                site.place(runs[0], index if together else 0)
+            layers[factor.name] = [_layer(several if it is product and together else [factor], it.decisions) for it in runs]
+            if not keep_dense and runs[0].formats:
+                for it in runs:
+                    it.expands = bool(it.formats)
+                _to_host(factor)
     _fuse(root)
     elsewhere = tuple(Decision("dense", n, "dense products only: what multiplies with it is no linear layer") for n in tokens)
     for name, mask in masks.values():
-        layers.setdefault(name, _layer([Factor(name, mask, [])], elsewhere))
-    root.__dict__["sparse_layers"] = tuple({id(it): it for it in (layers[name] for name, _ in masks.values())}.values())
+        layers.setdefault(name, [_layer([Factor(name, mask, [])], elsewhere)])
+    root.__dict__["sparse_layers"] = tuple(dict.fromkeys(it for name, _ in masks.values() for it in layers[name]))
     return root
 
 
@@ -345,20 +351,26 @@ class Product(nn.Module):
             self.options = {kernel.name: options for kernel, options in takes if any(d.path == kernel.name for d in self.decisions)}
             self.formats = nn.ModuleDict({name: Stored(FORMATS[name].pack(full, **options)) for name, options in self.options.items()})
         self.steps = tuple((d.tokens, d.path, d.config) for d in self.decisions)
+        self.each: Sequence[Any] = ()
         self.refresh()
         for site in self.sites:
             site.owner.register_load_state_dict_post_hook(functools.partial(_loaded, self))
 
-    def beats(self, single: Sequence[Product]) -> bool:
-        """Whether one product was measured to be faster than one for each weight, and is slower for no number of tokens."""
-        gains = []
+    def gains(self, single: Sequence[Product]) -> dict[int, float]:
+        """How many times faster than one product for each weight this was measured to be, by number of tokens; 0 where that is unknown."""
+        found = {}
         for together, *each in zip(self.decisions, *(it.decisions for it in single)):
             if together.sparse:
                 times = [it.sparse_us if it.sparse else it.dense_us for it in each]
-                gains.append(sum(times) / together.sparse_us if None not in times and together.sparse_us else 0.0)  # type: ignore[arg-type]
+                found[together.tokens] = sum(times) / together.sparse_us if None not in times and together.sparse_us else 0.0  # type: ignore[arg-type]
             else:
-                gains.append(0.0 if any(it.sparse for it in each) else 1.0)
-        return min(gains) >= 1.0 and max(gains) > GAIN
+                found[together.tokens] = 0.0 if any(it.sparse for it in each) else 1.0
+        return found
+
+    def leave(self, single: Sequence[Product]) -> None:
+        """Leaves the numbers of tokens that were decided for each weight alone to those products."""
+        self.each = nn.ModuleList(single)
+        self.steps = tuple(sorted((*self.steps, *((it.tokens, EACH, "") for it in single[0].decisions))))
 
     @property
     def weight(self) -> Tensor:
@@ -383,7 +395,12 @@ class Product(nn.Module):
             self.refresh()
         if trains:
             return SparseForwards.apply(x, weight, bias, self, activation, part)
-        path, config = self._path(x.numel() // max(1, x.shape[-1]))
+        tokens = x.numel() // max(1, x.shape[-1])
+        path, config = self._path(tokens)
+        if path == EACH:
+            if not self.expands or self.each[part]._path(tokens)[0] != "dense":
+                return self.each[part](x, bias, activation)
+            path = "dense"
         if path == "dense" and self.expands:
             path, config = next(iter(self.options)), EXPAND
         if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product

@@ -156,6 +156,31 @@ def test_weights_lie_side_by_side_only_where_that_is_faster(tmp_path, faster, jo
     assert (module.up.product is module.gate.product) is joined and kernels_of(module) == {"block_sparse"}
 
 
+@pytest.mark.parametrize("keep_dense", (True, False))
+def test_side_by_side_for_few_tokens_and_apart_for_many(tmp_path, launched, keep_dense):
+    def measure(kernel, packed, weight, tokens):
+        together = weight.shape[0] > 80
+        return Measurement(50.0, 10.0 if tokens == 1 else 20.0 * (3 if together else 1), "tile")  # together: 10 against 20, 60 against 40
+
+    gate = Gate("cpu", Table(tmp_path, "test"), measure=measure, roof=Roof(1e9, 1e10, 0.0))
+    result = pruned()
+    module = sparse_module(result, gate=gate, tokens=(1, 8), keep_dense=keep_dense)
+    product = module.up.product
+    assert product is module.gate.product and [it.path for it in product.decisions] == ["block_sparse"]
+    assert [(layer.name, [d.tokens for d in layer.decisions]) for layer in module.sparse_layers if "up" in layer.name] == [
+        ("gate.weight + up.weight", [1]), ("up.weight", [8])
+    ]  # fmt: skip
+    product.steps = tuple((count, path, "") for count, path, _ in product.steps)  # a tile that exists
+    for it in product.each:
+        it.steps = tuple((count, path, "") for count, path, _ in it.steps)
+    for count, rows in ((1, [160]), (8, [80, 80])):
+        x = torch.randn(count, 48)
+        launched.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(module.gate(x) * module.up(x), result.module.gate(x) * result.module.up(x), **CLOSE)
+        assert launched == rows
+
+
 def test_few_and_many_tokens_take_different_paths():
     module = lower(pruned("unstructured"), "triton", force=True, tokens=(1, 64))
     up = module.up.product
@@ -421,8 +446,14 @@ def test_each_number_of_tokens_has_a_measured_answer(tmp_path):
     assert "block_sparse" in shown and "3.00x" in shown and "10.0 us" in shown
 
 
+def library_on_cpu(monkeypatch) -> None:
+    """cuSPARSELt takes CUDA tensors only."""
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda values, xt, bias, transpose_result: F.linear(xt.T, values, bias))
+
+
 def test_the_library_is_asked_for_many_tokens_of_2_to_4_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())  # it takes CUDA tensors only
+    library_on_cpu(monkeypatch)
     with seeded(0):
         model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 64)).to(torch.bfloat16)
     result = pruned("2:4", model, torch.randn(3, 256).bfloat16(), targets="0")
@@ -442,7 +473,7 @@ def test_wrong_options_are_named():
 
 
 def test_crossover_asks_for_every_format_density_and_number_of_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())  # it takes CUDA tensors only
+    library_on_cpu(monkeypatch)
     asked: list = []
 
     def measure(kernel, packed, weight, tokens):

@@ -1,4 +1,4 @@
-"""2:4 linear by torch's own library path (cuSPARSELt or CUTLASS), made for many tokens: y = act(x W^T + bias) on sparse tensor cores.
+"""2:4 linear by torch's own library path (cuSPARSELt), made for many tokens: y = act(x W^T + bias) on sparse tensor cores.
 
 It reads 9/16 of a 16-bit weight and does half the multiplications. At few tokens it loses to dense (every shape that we measured), where
 `two_four` wins; so the gate asks both. There is no kernel of ours here, and no reference but the dense product.
@@ -15,12 +15,13 @@ from graphprune.backends.kernels import two_four
 from graphprune.backends.kernels.base import Kernel, Packed, epilogue
 from graphprune.errors import InvalidInput
 
-MULTIPLES = (32, 64)  # of rows and columns, so that either library takes the weight
+MULTIPLES = (32, 64)  # of rows and columns
+TOKENS = 8  # the product takes multiples
 
 
 @dataclass(frozen=True)
 class SemiStructured(Packed):
-    """`values` is a tensor of a subclass of torch's, which looks dense and is not."""
+    """`values` is the weight as cuSPARSELt keeps it."""
 
     values: Tensor
 
@@ -32,8 +33,16 @@ class SemiStructured(Packed):
     def work(self) -> float:
         return 0.5
 
-    def clone(self) -> SemiStructured:
-        return pack(self.values.to_dense())
+
+@torch.library.custom_op("graphprune::two_four_library", mutates_args=())
+def product(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x W^T + bias for x (tokens, columns), tokens a multiple of 8."""
+    return torch._cslt_sparse_mm(values, x.t(), bias=bias, transpose_result=True).contiguous()
+
+
+@product.register_fake
+def _(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
 
 
 def accepts(weight: Tensor) -> str | None:
@@ -55,17 +64,21 @@ def pack(weight: Tensor) -> SemiStructured:
     """
     if (reason := accepts(weight)) is not None:
         raise InvalidInput(f"2:4: {reason}")
-    return SemiStructured((weight.shape[0], weight.shape[1]), torch.sparse.to_sparse_semi_structured(weight.detach().contiguous()))
+    return SemiStructured((weight.shape[0], weight.shape[1]), torch._cslt_compress(weight.detach().contiguous()))
 
 
 def unpack(packed: SemiStructured) -> Tensor:
-    """The dense weight."""
-    return packed.values.to_dense()
+    """The dense weight: a product with the identity is the only way out."""
+    rows, columns = packed.shape
+    return product(torch.eye(columns, dtype=packed.values.dtype, device=packed.values.device), packed.values, None, rows).T.contiguous()
 
 
 def linear(x: Tensor, packed: SemiStructured, bias: Tensor | None = None, activation: str = "", config: str = "") -> Tensor:
     """y = act(x W^T + bias). x: (..., K) -> (..., M)."""
-    return epilogue(torch.nn.functional.linear(x, packed.values, bias), None, activation, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    padded = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % TOKENS))
+    y = product(padded, packed.values, bias, packed.shape[0])[: flat.shape[0]].reshape(*x.shape[:-1], -1)
+    return epilogue(y, None, activation, x.dtype)
 
 
 def configs(packed: SemiStructured, tokens: int) -> list[str]:
