@@ -196,7 +196,7 @@ def _complete_types(graph: ir.Graph) -> None:
                 source = next((v for v in node.inputs if v is not None and _floating(v)), None)
                 if not _of_onnxruntime(node) or source is None:
                     raise InvalidInput(f"{value.name!r} (node {node.name!r}, {node.op_type}) is of unknown type, so it cannot be converted")
-                value.dtype = source.dtype
+                value.type = source.type
 
 
 def _of_onnxruntime(node: ir.Node) -> bool:

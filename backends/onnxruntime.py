@@ -37,7 +37,7 @@ TORCH_TYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(int8)": torch.int8,
 }
-BINDING_TYPES = {
+BINDING_TYPES: Mapping[torch.dtype, Any] = {
     torch.float32: np.float32, torch.float16: np.float16, torch.float64: np.float64, torch.int64: np.int64, torch.int32: np.int32,
     torch.bool: np.bool_, torch.uint8: np.uint8, torch.int8: np.int8, torch.bfloat16: int(onnx.TensorProto.BFLOAT16),
 }  # fmt: skip
@@ -92,6 +92,8 @@ def open_session(
     for name, given in (("cuda_graph=True", cuda_graph), ("provider_options", provider_options)):
         if given and kind != "cuda":
             raise InvalidInput(f"{name} needs device='cuda', found {device!r}")
+    if kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):  # the CUDA and cuDNN libraries that torch came with
+        onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
