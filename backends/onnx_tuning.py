@@ -132,7 +132,7 @@ class CausalGroupedAttention(pattern.RewriteRuleClassBase):
         weights = pattern.OrValue([op.Where(op.IsNaN(weights), some, weights), weights])
         return op.Reshape(op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3]), some)
 
-    def check(self, context: Any, query: Any, cos: Any, sin: Any, mask: Any, query_scale: Any, key_scale: Any, **found: Any) -> Any:
+    def check(self, context: Any, query: Any, cos: Any, sin: Any, mask: Any, query_scale: Any, key_scale: Any, **found: Any) -> Any:  # type: ignore[override]
         result = pattern.MatchResult()
         tables, masked = (_array(cos), _array(sin)), _array(mask)
         scales = _array(query_scale), _array(key_scale)
