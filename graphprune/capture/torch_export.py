@@ -62,9 +62,13 @@ def capture_torch(
     if values.assumed:
         _compare(module, graph_module, args, kwargs)
     if _writes_through_aliases(graph_module.graph):
+        for part in exported.graph_module.modules():
+            if isinstance(part, fx.GraphModule):
+                _hold_dropouts(part.graph)
         with torch.no_grad(), _scans():
             exported = exported.run_decompositions({torch.ops.aten.copy.default: _copied})
         graph_module = _inlined(_unlifted(exported))
+        _release_dropouts(graph_module)
     example = tuple(pytree.tree_leaves((args, kwargs)))
     return from_graph_module(graph_module, example, TorchSource(module, graph_module, args, kwargs, dynamic_shapes))
 
@@ -73,6 +77,30 @@ def _copied(over: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     """What an in-place copy leaves behind, in ops that have a derivative."""
     source = source if source.dtype == over.dtype else source.to(over.dtype)
     return source.expand(over.shape) if source.shape != over.shape else source.clone()
+
+
+def _hold_dropouts(graph: fx.Graph) -> None:
+    """Put an op that survives decomposition in the place of every dropout, which does nothing in evaluation mode and would vanish."""
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.dropout.default]:
+        if any(user.op == "output" for user in node.users):
+            continue  # the signature knows it by name
+        with graph.inserting_before(node):
+            held = graph.call_function(torch.ops.aten.native_dropout.default, node.args, node.kwargs)
+            first = graph.call_function(operator.getitem, (held, 0))
+        held.meta, first.meta = {k: v for k, v in node.meta.items() if k != "val"}, dict(node.meta)
+        node.replace_all_uses_with(first)
+        graph.erase_node(node)
+
+
+def _release_dropouts(graph_module: fx.GraphModule) -> None:
+    """What `_hold_dropouts` put there is a dropout again."""
+    graph = graph_module.graph
+    for held in [n for n in graph.nodes if n.target is torch.ops.aten.native_dropout.default]:
+        for first in [user for user in held.users if user.target is operator.getitem and user.args[1] == 0]:
+            first.target, first.args, first.kwargs = torch.ops.aten.dropout.default, held.args, held.kwargs
+        if not held.users:
+            graph.erase_node(held)
+    graph_module.recompile()
 
 
 def _compare(module: nn.Module, graph_module: fx.GraphModule, args: tuple, kwargs: dict[str, Any]) -> None:
