@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from graphprune.backends.timing import time_calls
 from graphprune.cache import Cache
 from graphprune.measure import interleaved, threads
 from graphprune.program import Program
-from graphprune.widths import RULE, Costs, Sample, Widths, relative_costs, widths_of_sample
+from graphprune.widths import BLOCK, RULE, Costs, Sample, Widths, relative_costs, widths_of_sample
 
 log = logging.getLogger("graphprune")
 
@@ -115,6 +116,9 @@ def probe(backend: str, dtype: torch.dtype, device: str, times: Times | None = N
     """Measure a device, "cpu" or "cuda": what each multiple costs."""
     clock = times or (_cuda_times if device == "cuda" else _cpu_times)
     make = onnx_call if backend == "onnxruntime" else partial(torch_call, device=device, dtype=dtype)
+    with torch.no_grad():
+        for convolution in (False, True):  # libraries load on their first call
+            make(convolution, 16, 16, 16)()
     end = time.perf_counter() + (SECONDS[device] if seconds is None else seconds)
     samples: dict[bool, list[Sample]] = {False: [], True: []}
     for pair in zip(LINEAR[device], CONVOLUTION[device]):
@@ -180,24 +184,25 @@ def widths_of(program: Program, backend: str = "torch", device: Any = None, meas
         device: where the backend is to run it, if not where the weights are.
         measure: a GPU that was not measured yet may be; else only tables on disk count.
     """
+    runtime = backend == "onnxruntime" or not hasattr(program.source, "module")
+    rule = replace(RULE, narrow=BLOCK if runtime else 1)
     if os.environ.get(SWITCH) == "rule":
-        return Widths(source=f"by rule ({SWITCH}=rule)")
+        return replace(rule, source=f"by rule ({SWITCH}=rule)")
     tensors = [v.tensor for v in program.weights.values() if v.tensor is not None and v.tensor.is_floating_point()]
     if not tensors:
-        return RULE
+        return rule
     main = max(tensors, key=lambda tensor: tensor.numel())
-    runtime = backend == "onnxruntime" or not hasattr(program.source, "module")
     place = torch.device(device or "cpu").type if runtime else main.device.type
     name = "onnxruntime" if runtime else "torch"
     if main.dtype not in MEASURED.get((name, place), ()):
-        return Widths(source=f"by rule (nothing is measured for {name} on {place} in {str(main.dtype).removeprefix('torch.')})")
+        return replace(rule, source=f"by rule (nothing is measured for {name} on {place} in {str(main.dtype).removeprefix('torch.')})")
     # float32 weights on a GPU are often run in half precision, by autocast or later on: the plan has to suit both
     types = (main.dtype, torch.float16) if place == "cuda" and main.dtype is torch.float32 else (main.dtype,)
     with torch.cuda.device(main.device) if place == "cuda" else nullcontext():
         costs = [_costs(name, dtype, place, measure, root) for dtype in types]
         found = [it for it in costs if it is not None]
         if len(found) < len(costs):
-            return Widths(source="by rule (graphprune bench --widths measures this device)")
+            return replace(rule, source="by rule (graphprune bench --widths measures this device)")
         return Widths.measured(found, f"measured on {device_name(place)}, {name}, {' and '.join(NAMES[dtype] for dtype in types)}")
 
 

@@ -2,42 +2,62 @@
 
     python -m benchmarks.compare [network ...]          torchvision networks, random weights, 224 x 224, batch 1
     python -m benchmarks.compare --files [id ...]       real ONNX files (benchmarks.onnx_files): ours and onnxsim
+    python -m benchmarks.compare --show                 the tables of what was measured before, and what they come to
 
 Torch-Pruning and onnxsim are asked for half of every group, their usual call. Ours is cut twice, to the parameters that each of them left, so
-that latencies compare at equal size; a third time to its own half. Every tool runs in a process of its own, which gives its seconds and its
-peak memory (reading the network and writing the file included); then all files run in turns in one process, one thread, median. `sibling`
-is a smaller network of the same family, as it comes.
+that latencies compare at equal size; a third time to its own half. Every tool runs in a process of its own, which gives its seconds (`all`
+with the network made and the file written) and its peak memory; then all files run in turns in one process, on one thread. Latency is the
+median, speed-up the median of the ratios of neighbouring runs. `sibling` is a smaller network of the same family, as it comes; EfficientNet-B0
+and DenseNet-121 are the smallest of theirs. What is done lies in `results/compare.jsonl`, a line for each network, and is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
-SIBLINGS: dict[str, tuple[str, dict[str, Any]]] = {"resnet50": ("resnet18", {}), "mobilenet_v2": ("mobilenet_v2", {"width_mult": 0.5})}
+SIBLINGS: dict[str, tuple[str, dict[str, Any]]] = {  # names with "timm." are found there
+    "resnet18": ("timm.resnet10t", {}),
+    "resnet50": ("resnet18", {}),
+    "mobilenet_v2": ("mobilenet_v2", {"width_mult": 0.5}),
+    "regnet_y_400mf": ("timm.regnety_002", {}),
+    "convnext_tiny": ("timm.convnext_nano", {}),
+    "vit_b_16": ("timm.vit_small_patch16_224", {}),
+}
 CUTS_THE_RESIDUAL = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
-FILES = ("ppocr4-rec", "ppocr4-det", "ppocr-cls", "centerface", "magika", "vgg16-mri", "basic-pitch", "dnsmos", "romanizer-enc")
+NOT_HERE = ("another export of", "as ", "int8")  # notes of files that are no networks of their own
 RATIO = 0.5
 SECONDS = 4.0  # of measurement, all files of a network together
+PATIENCE = 900.0  # seconds, for one tool
+RESULTS = Path(__file__).parent.parent / "results" / "compare.jsonl"
+ALIKE = 1.03  # at equal parameters left, ours may take so many times what the best of the others does
 
 
 def network(name: str, **options: Any) -> tuple[torch.nn.Module, torch.Tensor]:
-    import tests.torchvision_ops  # noqa: F401, I001  # before torchvision
-    from torchvision import models
+    import tests.torchvision_ops  # noqa: F401  # before torchvision
 
     torch.manual_seed(0)
+    if name.startswith("timm."):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm."), **options).eval(), torch.randn(1, 3, 224, 224)
+    from torchvision import models
+
     return models.get_model(name, weights=None, **options).eval(), torch.randn(1, 3, 224, 224)
 
 
@@ -45,19 +65,21 @@ def export(module: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
     torch.onnx.export(module, (x,), str(path), dynamo=True, optimize=True, verbose=False, external_data=False)
 
 
-# ---- the tools: each reads a network, or an ONNX file, and writes an ONNX file
+# ---- the tools: each reads a network, or an ONNX file, writes an ONNX file, and returns the seconds that it took itself
 
 
-def dense(source: str, out: Path, asked: str) -> None:
+def dense(source: str, out: Path, asked: str) -> float:
     export(*network(source), out)
+    return 0.0
 
 
-def sibling(source: str, out: Path, asked: str) -> None:
+def sibling(source: str, out: Path, asked: str) -> float:
     name, options = SIBLINGS[source]
     export(*network(name, **options), out)
+    return 0.0
 
 
-def ours(source: str, out: Path, asked: str) -> None:
+def ours(source: str, out: Path, asked: str) -> float:
     """asked: a fraction of units to remove, or "params=N" to keep."""
     import graphprune as gp
     from graphprune.units import DEFAULT_UNITS
@@ -65,151 +87,245 @@ def ours(source: str, out: Path, asked: str) -> None:
     kept = asked.removeprefix("params=")
     arguments: dict[str, Any] = {"pruning_ratio": float(asked)} if kept == asked else {"budget": {"params": int(kept)}}
     if Path(source).suffix == ".onnx":
+        start = time.perf_counter()
         gp.compile(source, **arguments).save(out)
-        return
+        return time.perf_counter() - start
     units = [*DEFAULT_UNITS, *["hidden"] * (source in CUTS_THE_RESIDUAL)]
     module, x = network(source)
     x = torch.cat([x, x])  # a batch of one would be taken for a size that is always one
-    result = gp.compile(module, x, units=units, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), **arguments)
+    start = time.perf_counter()
+    program = gp.capture(module, x, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    result = gp.apply(program, gp.plan(program, units=units, backend="onnxruntime", **arguments))
+    spent = time.perf_counter() - start
     export(result.module, x[:1], out)
+    return spent
 
 
-def torch_pruning(source: str, out: Path, asked: str) -> None:
+def torch_pruning(source: str, out: Path, asked: str) -> float:
     import torch_pruning as tp
 
     module, x = network(source)
     last = [m for m in module.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000]
     heads = {m.self_attention: m.self_attention.num_heads for m in module.modules() if hasattr(m, "self_attention")}
+    start = time.perf_counter()
     pruner = tp.pruner.BasePruner(
         module, x, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=float(asked), global_pruning=False,
         ignored_layers=last, round_to=8, num_heads=heads, prune_num_heads=True,
     )  # fmt: skip
     pruner.step()
+    spent = time.perf_counter() - start
     export(module, x, out)
+    return spent
 
 
-def onnxsim(source: str, out: Path, asked: str) -> None:
+def onnxsim(source: str, out: Path, asked: str) -> float:
     import onnx
     from onnxsim import apply_structured_pruning, simplify
 
     if Path(source).suffix != ".onnx":
         export(*network(source), out)
         source = str(out)
+    start = time.perf_counter()
     model, _ = simplify(source)
     onnx.save(apply_structured_pruning(model, sparsity=float(asked)), out)
+    return time.perf_counter() - start
 
 
-TOOLS: dict[str, Callable[[str, Path, str], None]] = {
+TOOLS: dict[str, Callable[[str, Path, str], float]] = {
     "dense": dense, "sibling": sibling, "ours": ours, "Torch-Pruning": torch_pruning, "onnxsim": onnxsim,
 }  # fmt: skip
 
 
 def tool(name: str, source: str, out: Path, asked: str) -> dict[str, Any]:
-    """Run a tool in a process of its own: {"seconds", "peak_mb"}, or {"why"}."""
+    """Run a tool in a process of its own: {"seconds", "all_seconds", "peak_mb"}, or {"why"}."""
     command = [sys.executable, "-m", "benchmarks.compare", "--tool", name, "--source", source, "--out", str(out), "--asked", asked]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"why": f"no result after {PATIENCE:.0f} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not out.exists():
-        return {"why": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+        return {"why": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:160]}
     return json.loads(lines[-1])
 
 
-def size(path: Path) -> tuple[int, float]:
+# ---- what came out
+
+
+def size(path: Path) -> dict[str, float]:
     """Parameters and MACs of an ONNX file, counted by one rule for all tools."""
     import graphprune as gp
     from graphprune import costs
 
     cost = costs.footprint(gp.capture(str(path)))
-    return cost.params, cost.macs
+    return {"params": cost.params, "macs": cost.macs}
 
 
-def latencies(files: dict[str, Path], inputs: dict[str, Any]) -> dict[str, float]:
-    """Median ms by name, in turns, one thread."""
+def runs(path: Path, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call of a file that was made once, so that it is known to work."""
     from graphprune.backends.onnxruntime import open_session
-    from graphprune.measure import interleaved
 
-    sessions = {name: open_session(str(path)) for name, path in files.items()}
+    session = open_session(str(path))
+    feeds = dict(inputs) or {session.get_inputs()[0].name: network("resnet18")[1].numpy()}
 
-    def call(session: Any) -> Callable[[], Any]:
-        return lambda: session.run(None, inputs or {session.get_inputs()[0].name: network("resnet18")[1].numpy()})
+    def call() -> Any:
+        return session.run(None, feeds)
 
-    found = interleaved({name: call(s) for name, s in sessions.items()}, warmup=2, repeats=9, seconds=SECONDS)
-    return {name: stats.median_ms for name, stats in found.items()}
+    call()
+    return call
 
 
-def compare(source: str, folder: Path) -> None:
-    """One block of the table."""
-    on_file = Path(source).suffix == ".onnx"
+def arms_of(source: str) -> dict[str, tuple[str, str]]:
+    """Name in the table -> (tool, what it is asked for), without those that depend on what others left."""
     arms = {"dense": ("dense", "0"), "ours": ("ours", str(RATIO)), "onnxsim": ("onnxsim", str(RATIO))}
-    if not on_file:
+    if Path(source).suffix != ".onnx":
         arms["Torch-Pruning"] = ("Torch-Pruning", str(RATIO))
         if source in SIBLINGS:
             arms["sibling"] = ("sibling", "0")
-    costs: dict[str, dict[str, Any]] = {}
-    files: dict[str, Path] = {}
-    sizes: dict[str, tuple[int, float]] = {}
+    return arms
 
-    def run(arm: str, name: str, asked: str) -> None:
-        path = folder / f"{arm.replace(' ', '_').replace('=', '_')}.onnx"
-        if on_file and name == "dense":
-            path, costs[arm] = Path(source), {}
-        else:
-            costs[arm] = tool(name, source, path, asked)
-        if "why" not in costs[arm]:
-            files[arm], sizes[arm] = path, size(path)
 
-    for arm, (name, asked) in arms.items():
-        run(arm, name, asked)
-    for rival in ("onnxsim", "Torch-Pruning"):
-        if rival in sizes and sizes[rival][0] < sizes["dense"][0]:
-            run(f"ours = {rival}", "ours", f"params={sizes[rival][0]}")
-    inputs = {}
+def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
+    """One network by all tools: a line of the results."""
+    on_file = Path(source).suffix == ".onnx"
+    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    inputs: dict[str, Any] = {}
     if on_file:
         import graphprune as gp
 
         program = gp.capture(source)
         inputs = {value.name: x.numpy() for value, x in zip(program.inputs, program.example_inputs)}
-    times = latencies(files, inputs)
-    whole, fastest = sizes["dense"], times["dense"]
-    for arm in costs:
-        if arm not in files:
-            print(f"{Path(source).name:18} {arm:22} {costs[arm]['why']}", flush=True)
+
+    def run(arm: str, by: str, asked: str) -> None:
+        path = folder / f"{arm.replace(' ', '_').replace('=', '_')}.onnx"
+        if on_file and by == "dense":
+            path, found[arm] = Path(source), {}
+        else:
+            found[arm] = tool(by, source, path, asked)
+        if "why" not in found[arm]:
+            try:
+                found[arm] |= size(path)
+                calls[arm] = runs(path, inputs)
+            except Exception as error:  # another tool's file may be anything
+                found[arm]["why"] = f"its file does not run: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"[:160]
+
+    for arm, (by, asked) in arms_of(source).items():
+        run(arm, by, asked)
+    for rival in ("onnxsim", "Torch-Pruning"):
+        if rival in calls and found[rival]["params"] < found["dense"]["params"]:
+            run(f"ours = {rival}", "ours", f"params={found[rival]['params']}")
+    from graphprune.measure import interleaved
+
+    if "dense" in calls:
+        times = {arm: stats.times for arm, stats in interleaved(calls, warmup=2, repeats=9, seconds=SECONDS).items()}
+        for arm, own in times.items():
+            found[arm] |= {"ms": median(own), "speedup": median(a / b for a, b in zip(times["dense"], own))}
+            rival = arm.removeprefix("ours = ")
+            if rival != arm:
+                found[arm]["of_rival"] = median(a / b for a, b in zip(own, times[rival]))
+    versions = {it: version(it) for it in ("torch", "onnxruntime", "onnxsim", "torch-pruning")}
+    return {"name": name, "kind": "file" if on_file else "network", "ratio": RATIO, "arms": found, "device": device(), "versions": versions}
+
+
+def device() -> str:
+    from graphprune.backends.widths import device_name
+
+    return f"{device_name('cpu')}, 1 thread, Python {platform.python_version()}"
+
+
+# ---- tables
+
+
+HEADER = (
+    f"{'network':18} {'tool':20} {'params M':>8} {'left':>6} {'MACs':>6} {'tool s':>7} {'all s':>6} {'peak MB':>7} {'ms':>8} {'speed-up':>8} {'/rival':>6}"
+)
+
+
+def rows(line: Mapping[str, Any]) -> Iterable[str]:
+    """One block of the table; `/rival`: ours at the rival's parameters, its time over the rival's."""
+    whole = line["arms"]["dense"]
+    for arm, it in line["arms"].items():
+        if "why" in it or "ms" not in it:
+            yield f"{line['name']:18} {arm:20} {it.get('why', 'not timed: the dense network does not run')}"
             continue
-        params, macs = sizes[arm]
-        spent = costs[arm]
-        cost = f"{spent['seconds']:7.1f} {spent['peak_mb']:8.0f}" if spent else f"{'':16}"
-        print(
-            f"{Path(source).name:18} {arm:22} {params / 1e6:8.3f} {params / whole[0]:6.3f} {macs / max(whole[1], 1):6.3f} {cost} "
-            f"{times[arm]:8.2f} {fastest / times[arm]:6.2f}x",
-            flush=True,
-        )
+        cost = f"{it['seconds']:7.1f} {it['all_seconds']:6.1f} {it['peak_mb']:7.0f}" if "seconds" in it else f"{'':22}"
+        left = f"{it['params'] / 1e6:8.3f} {it['params'] / whole['params']:6.3f} {it['macs'] / max(whole['macs'], 1):6.3f}"
+        rival = f" {it['of_rival']:6.2f}" if "of_rival" in it else ""
+        yield f"{line['name']:18} {arm:20} {left} {cost} {it['ms']:8.2f} {it['speedup']:7.2f}x{rival}"
+
+
+def summary(lines: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What the lines come to, with the names that do not hold."""
+    lines = list(lines)
+    cells = [(line["name"], arm, it) for line in lines for arm, it in line["arms"].items()]
+    mine = [(name, arm, it["speedup"]) for name, arm, it in cells if arm.startswith("ours") and "speedup" in it]
+    slow = [f"{name} ({arm}) {x:.2f}x" for name, arm, x in mine if x < 1]
+    yield f"ours is as fast as dense or faster in {len(mine) - len(slow)} of {len(mine)} cuts" + "".join(f"; {it}" for it in slow)
+    equal = [(name, arm, it["of_rival"]) for name, arm, it in cells if "of_rival" in it]
+    behind = [f"{name} ({arm}) {x:.2f}" for name, arm, x in equal if x > ALIKE]
+    yield f"at equal parameters within {ALIKE - 1:.0%} of the rival's time or better in {len(equal) - len(behind)} of {len(equal)}" + "".join(
+        f"; {it}" for it in behind
+    )
+    both = [(x["ours"], x["onnxsim"]) for x in (line["arms"] for line in lines) if all("ms" in x.get(it, {}) for it in ("ours", "onnxsim"))]
+    if both:
+        share = [b["params"] / a["params"] for a, b in both]
+        yield f"onnxsim at ratio {RATIO} leaves {min(share):.2f} to {max(share):.2f} times the parameters of ours, median {median(share):.2f}"
+    for rival in ("ours", "onnxsim", "Torch-Pruning"):
+        failed = sorted(name for name, arm, it in cells if arm.split(" = ")[0] == rival and "why" in it)
+        if failed:
+            yield f"{rival} has no result for {', '.join(dict.fromkeys(failed))}"
+
+
+def kept(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was measured before, the last line of each network."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {(it["kind"], it["name"]): it for it in map(json.loads, lines)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--files", action="store_true", help="real ONNX files in place of torchvision networks")
+    parser.add_argument("--again", action="store_true", help="measure what was measured before")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a JSON line for each network")
     for hidden in ("--tool", "--source", "--out", "--asked"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.tool:
         warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
         start = time.perf_counter()
-        TOOLS[options.tool](options.source, Path(options.out), options.asked)
+        spent = TOOLS[options.tool](options.source, Path(options.out), options.asked)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak}))
+        print(json.dumps({"seconds": spent, "all_seconds": time.perf_counter() - start, "peak_mb": peak}))
         return
-    print(f"{'network':18} {'tool':22} {'params M':>8} {'left':>6} {'MACs':>6} {'tool s':>7} {'peak MB':>8} {'ms':>8} {'speed-up':>7}")
+    kind = "file" if options.files else "network"
     if options.files:
-        from benchmarks.onnx_files import find
+        from benchmarks.onnx_files import FILES, find
 
-        sources = [str(path) for name in options.names or FILES if (path := find(name)) is not None]
+        names = options.names or [name for name, file in FILES.items() if not file.note.startswith(NOT_HERE)]
+        sources = {name: str(path) for name in names if (path := find(name)) is not None}
+        for name in (it for it in names if it not in sources):
+            print(f"{name} is not here: python -m benchmarks.onnx_files {name}", file=sys.stderr)
     else:
-        sources = list(options.names or NETWORKS)
-    for source in sources:
-        with tempfile.TemporaryDirectory() as folder:
-            compare(source, Path(folder))
+        sources = {name: name for name in options.names or NETWORKS}
+    print(HEADER)
+    for name, source in sources.items():
+        line = kept(options.results).get((kind, name))
+        if line is None and options.show:
+            continue
+        if line is None or (options.again and not options.show):
+            with tempfile.TemporaryDirectory() as folder:
+                line = compare(source, name, Path(folder))
+            options.results.parent.mkdir(exist_ok=True)
+            with options.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        print("\n".join(rows(line)), flush=True)
+    done = [line for (of, name), line in kept(options.results).items() if of == kind and name in sources]
+    print("\n" + "\n".join(summary(done)))
+    print("\n".join(dict.fromkeys(f"{it['device']}, " + ", ".join(f"{k} {v}" for k, v in it["versions"].items()) for it in done)))
 
 
 if __name__ == "__main__":

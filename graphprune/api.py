@@ -119,6 +119,7 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     measure: Measure | None = None,
+    backend: str = "torch",
     **planning: Any,
 ) -> Plan:
     """Decide what goes, without cutting.
@@ -126,14 +127,18 @@ def plan(
     Args:
         remove: explicit units, `{"group": [0, 7]}`, or `{"model.layers.3": [0]}` for a whole block; then nothing else decides.
         measure: what budgets of latency and accuracy are measured by, in place of building and timing each candidate.
+        backend: what is to run the result: `latency_ms` is measured there, and round_to="auto" keeps widths that suit it.
         planning: the arguments of `compile` that say what goes.
     """
     if remove is not None:
         return Plan.of(capture(model, example_inputs, kwargs, dynamic_shapes), remove)
-    trials = _trials if measure is None else lambda program, **given: measure
+    from graphprune.backends.base import check_backend
     from graphprune.backends.widths import widths_of
 
-    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths_of, **_known(decide, planning)).plan
+    check_backend(backend)
+    trials = partial(_trials, backend=backend) if measure is None else lambda program, **given: measure
+    widths = partial(widths_of, backend=backend)
+    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths, **_known(decide, planning)).plan
 
 
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 ALIGNED = 8  # the rule's multiple
+BLOCK = 4  # ONNX Runtime's convolutions on a CPU fall back to slow ones for channels that are no multiple of this
 COARSEST = 4  # a multiple is at most one part in so many of the width, or small cuts would remove nothing
 TOLERANCE = 1.03
 
@@ -46,16 +47,17 @@ class Widths:
     linear: int = ALIGNED
     convolution: int = ALIGNED
     source: str = "by rule"
+    narrow: int = 1  # the most for convolutions that are narrower than those that the others are for
 
     @classmethod
     def measured(cls, found: Sequence[Costs], source: str) -> Widths:
         """What costs measured at one place say; of several types of numbers, the coarsest."""
-        return cls(max(smallest(it.linear) for it in found), max(smallest(it.convolution) for it in found), source)
+        return cls(max(smallest(it.linear) for it in found), max(smallest(it.convolution) for it in found), source, ALIGNED)
 
     def finer(self) -> Widths:
         """Half of what is coarser than the rule."""
         linear, convolution = (it // 2 if it > ALIGNED else it for it in (self.linear, self.convolution))
-        return Widths(linear, convolution, self.source)
+        return Widths(linear, convolution, self.source, self.narrow)
 
     def __str__(self) -> str:
         same = self.linear == self.convolution
@@ -67,8 +69,8 @@ RULE = Widths()
 
 
 def fitted(multiple: int, width: int) -> int:
-    """The multiple, halved while it is a large part of the width and coarser than the rule."""
-    while multiple > ALIGNED and multiple * COARSEST > width:
+    """The multiple, halved while it is a large part of the width."""
+    while multiple > 1 and multiple * COARSEST > width:
         multiple //= 2
     return multiple
 

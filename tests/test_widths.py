@@ -74,7 +74,7 @@ def test_without_any_gain_single_units_are_kept_and_small_gains_are_not_worth_a_
 
 def test_costs_are_those_of_the_width_that_a_multiple_leads_to():
     assert widths_of_sample(256, 179) == (179, 180, 184, 192) and kept(256, 179, 64) == 192 and kept(64, 45, 64) == 48
-    assert [fitted(64, width) for width in (64, 128, 256, 4096)] == [16, 32, 64, 64] and fitted(8, 16) == 8
+    assert [fitted(64, width) for width in (12, 64, 128, 256, 4096)] == [2, 16, 32, 64, 64] and fitted(8, 3) == fitted(1, 1) == 1
     times = {179: 4.0, 180: 2.0, 184: 2.0, 192: 1.0}
     assert relative_costs([Sample(256, 179, times)]) == pytest.approx((4, 2, 2, 2, 1, 1, 1))
     assert relative_costs([Sample(256, 179, times), Sample(256, 179, dict.fromkeys(times, 7.0))]) == pytest.approx((2, 2**0.5, 2**0.5, 2**0.5, 1, 1, 1))
@@ -109,6 +109,14 @@ def test_a_multiple_never_keeps_a_cut_from_happening():
     assert choices(group, 64, coarse, 1, 0.1) == [], "what was asked for is kept to"
     (narrow,) = linear(63).groups
     assert rounding(narrow, "auto", coarse) == 1
+
+
+def test_narrow_convolutions_keep_what_onnx_runtime_needs():
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 1)).eval()
+    program = gp.capture(net, torch.randn(2, 3, 4, 4))
+    assert sizes(gp.plan(program, pruning_ratio=0.45)) == [18, 7]
+    assert sizes(gp.plan(program, pruning_ratio=0.45, backend="onnxruntime")) == [20, 8]
+    assert [rounding(group, "auto", Widths(8, 64, "x", narrow=8)) for group in program.groups] == [8, 2]
 
 
 def test_only_auto_asks_what_was_measured():

@@ -10,7 +10,7 @@ from graphprune.analysis import Analysis
 from graphprune.axes import Axis, Factor
 from graphprune.errors import InvalidInput
 from graphprune.program import Value
-from graphprune.units import Group, Role
+from graphprune.units import Group, Member, Role
 from graphprune.widths import ALIGNED, RULE, Widths, fitted
 
 WIDE = 64  # from this width on, "auto" keeps multiples
@@ -22,8 +22,8 @@ def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
     """Kept units come in multiples of this.
 
     With a number, every axis that the group runs along gets a multiple of so many positions: a head of 64 positions satisfies 8 as it
-    is. "auto" is what `widths` says (8 by rule) where the group is at least 64 positions wide, and 1 inside grouped convolutions, below
-    that width, and where a multiple would leave no choice.
+    is. "auto" is what `widths` says (8 by rule) where the group is at least 64 positions wide, less for narrower convolutions, and 1 inside
+    grouped convolutions, for other narrow layers, and where a multiple would leave no choice.
 
     Raises:
         InvalidInput: `round_to` is neither "auto" nor a positive number.
@@ -38,9 +38,8 @@ def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
         if round_to == "auto":
             if in_grouped_convolution(member.value):
                 return 1
-            if group.size * width >= WIDE:
-                multiple = fitted(_multiple(member.value, member.role, widths), group.size * width)
-                step = math.lcm(step, multiple // math.gcd(multiple, width))
+            multiple = _multiple(member, group.size * width, widths)
+            step = math.lcm(step, multiple // math.gcd(multiple, width))
         else:
             assert isinstance(round_to, int)
             step = math.lcm(step, round_to // math.gcd(round_to, width))
@@ -49,10 +48,13 @@ def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
     return step
 
 
-def _multiple(weight: Value, role: Role, widths: Widths) -> int:
-    if role is Role.CARRIER:  # norms and tables take any width; what they stand beside decides
-        return min(widths.linear, widths.convolution)
-    return widths.convolution if any("onv" in node.op_type for node in weight.uses) else widths.linear
+def _multiple(member: Member, width: int, widths: Widths) -> int:
+    convolution = any("onv" in node.op_type for node in member.value.uses)
+    if width < WIDE:
+        return fitted(min(widths.convolution, widths.narrow), width) if convolution else 1
+    if member.role is Role.CARRIER:  # norms and tables take any width; what they stand beside decides
+        return fitted(min(widths.linear, widths.convolution), width)
+    return fitted(widths.convolution if convolution else widths.linear, width)
 
 
 def choices(group: Group, round_to: int | str, widths: Widths, min_keep: int, most: float | None) -> list[int]:
