@@ -155,7 +155,7 @@ def make_masks(
     repair: Sequence[str] = (),
     loss: Callable[..., Any] | None = None,
     seed: int = 0,
-) -> tuple[Plan, dict[str, Tensor]]:
+) -> tuple[Plan, Mapping[str, Tensor]]:
     """Decide which single weights become zero: the plan, and the weights that the method's own update came to.
 
     Args:

@@ -37,6 +37,7 @@ from graphprune.surgery.write_back import write_back
 FORMAT = 1
 RECORD = "graphprune.json"
 WEIGHTS, BUFFERS, INPUTS = "model.safetensors", "graphprune_buffers.safetensors", "graphprune_inputs.safetensors"
+HINTS = ("AUTO", "DYNAMIC", "STATIC")  # what torch.export takes in place of a named axis
 INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB; larger weights go into a file beside the model
 
 
@@ -150,7 +151,9 @@ def _save_module(result: Any, folder: Path) -> None:
     extra = {name: _plain(buffer) for name, buffer in module.named_buffers() if name not in stored and name not in tied}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     save_file(extra, folder / BUFFERS)
-    save_record(folder, original, written, tied, _save_inputs(result.program.source, folder) if _runs_graph(written) else None, module)
+    source = result.program.source
+    inputs, shapes = (_save_inputs(source, folder), source.dynamic_shapes) if _runs_graph(written) else (None, None)
+    save_record(folder, original, written, tied, inputs, module, shapes)
     (folder / "plan.json").write_text(result.plan.to_json(), encoding="utf-8")
     (folder / "report.json").write_text(result.report.to_json(), encoding="utf-8")
     if result.certificate:
@@ -158,7 +161,7 @@ def _save_module(result: Any, folder: Path) -> None:
 
 
 def save_record(
-    folder: Path, original: nn.Module, written: Any, tied: Mapping[str, str], inputs: Any = None, module: nn.Module | None = None
+    folder: Path, original: Any, written: Any, tied: Mapping[str, str], inputs: Any = None, module: Any = None, shapes: Any = None
 ) -> None:
     """What `load_result` needs besides tensors: the config, and what the cut changed in the module."""
     module = written.module if module is None else module
@@ -180,6 +183,7 @@ def save_record(
         "edits": [[edit.path, edit.attribute, edit.new] for edit in written.edits],
         "substitutes": [path for path, kind in written.substitutes.items() if kind == "table"],
         "inputs": inputs,
+        "dynamic_shapes": _spelled_shapes(shapes),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
 
@@ -212,6 +216,37 @@ def _save_inputs(source: Any, folder: Path) -> Any:
     found = spelled([list(source.args), dict(source.kwargs)])
     save_file(tensors, folder / INPUTS)
     return found
+
+
+def _spelled_shapes(tree: Any) -> Any:
+    """`dynamic_shapes` as JSON holds them: names and bounds of axes, hints, and how they are nested."""
+    if tree is None or isinstance(tree, (int, str)):
+        return {"literal": tree}
+    if isinstance(tree, (list, tuple)):
+        return {"tuple": [_spelled_shapes(item) for item in tree]}
+    if isinstance(tree, Mapping):
+        return {"dict": [[key, _spelled_shapes(item)] for key, item in tree.items()]}
+    hint = next((name for name in HINTS if tree is getattr(torch.export.Dim, name)), None)
+    if hint is not None:
+        return {"hint": hint}
+    if type(tree) is torch.export.Dim:
+        return {"dim": [tree.__name__, int(tree.min), int(tree.max) if tree.max != torch.export.Dim("any").max else None]}
+    raise InvalidInput(f"dynamic_shapes holds {tree!r}, which cannot be saved; give named Dims, or save the result as .onnx")
+
+
+def _read_shapes(tree: Mapping[str, Any] | None) -> Any:
+    if tree is None:
+        return None
+    ((kind, held),) = tree.items()
+    if kind == "tuple":
+        return tuple(_read_shapes(item) for item in held)
+    if kind == "dict":
+        return {key: _read_shapes(item) for key, item in held}
+    if kind == "hint":
+        return getattr(torch.export.Dim, held)
+    if kind == "dim":
+        return torch.export.Dim(held[0], min=held[1], **({} if held[2] is None else {"max": held[2]}))
+    return held
 
 
 def _read_inputs(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
@@ -270,7 +305,8 @@ def _built(folder: Path, record: Mapping[str, Any], device: str) -> nn.Module:
 
 def _cut_again(original: nn.Module, record: Mapping[str, Any], folder: Path) -> nn.Module:
     args, kwargs = _read_inputs(record["inputs"], load_file(folder / INPUTS))
-    program = capture_torch(original, args, kwargs)
+    shapes = _read_shapes(record.get("dynamic_shapes"))  # absent in folders of earlier versions
+    program = capture_torch(original, args, kwargs, shapes_for(original, shapes, args, kwargs))
     cut = Cut(program.analysis, Plan.load(folder / "plan.json").resolve(program))
     return write_back(program, cut, apply_cut(program, cut)).module
 
