@@ -16,7 +16,7 @@ from graphprune.capture.onnx_file import capture_onnx
 from graphprune.errors import InvalidInput
 from graphprune.plan import Plan
 from graphprune.report import Footprint, Report
-from graphprune.results import RECORD, WEIGHTS, save_result
+from graphprune.results import RECORD, WEIGHTS, _read_shapes, _spelled_shapes, save_result
 from tests.test_report import onnx_file
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -150,6 +150,35 @@ def test_an_edited_graph_is_cut_again_with_the_dynamic_shapes_of_the_user(tmp_pa
         result.save(tmp_path / name)
         sizes = onnx.load(tmp_path / name).graph.input[0].type.tensor_type.shape.dim
         assert [d.dim_param for d in sizes] == ["batch", "steps", ""]
+
+
+class Pixels(Stubborn):
+    """As `Stubborn`, over images of any height."""
+
+    def forward(self, image):
+        x = image.permute(0, 2, 3, 1)
+        return self.down(self.up(x).view(*x.shape[:3], 3, 8).relu().flatten(3))
+
+
+@pytest.mark.parametrize("height", [torch.export.Dim("height", min=2, max=64), torch.export.Dim("height"), torch.export.Dim.AUTO])
+def test_an_edited_graph_keeps_the_dynamic_shapes_of_the_user(tmp_path, height):
+    image, other = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 9, 5)
+    shapes = {"image": {2: height}}
+    result = gp.compile(Pixels().eval(), image, pruning_ratio=0.3, round_to=1, dynamic_shapes=shapes)
+    assert result.written.how == "graph"
+    result.save(tmp_path / "out")
+    again = gp.load(tmp_path / "out", Pixels())
+    torch.testing.assert_close(again(other), result.module(other))
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert str(_read_shapes(record["dynamic_shapes"])) == str(shapes)
+    del record["dynamic_shapes"]  # as an earlier version wrote it
+    (tmp_path / "out" / RECORD).write_text(json.dumps(record))
+    torch.testing.assert_close(gp.load(tmp_path / "out", Pixels())(image), result.module(image))
+
+
+def test_axes_that_depend_on_others_are_not_saved(tmp_path):
+    with pytest.raises(InvalidInput, match="dynamic_shapes holds"):
+        _spelled_shapes({"x": {0: 2 * torch.export.Dim("half")}})
 
 
 def test_names_that_were_added_need_no_dynamic_shapes():

@@ -273,6 +273,8 @@ def _length(inputs: Sequence[Any]) -> int:
 def edited_graph(shell: nn.Module, program: Program, cut: Cut, pruned: Program, deadline: float = math.inf) -> tuple[EditedGraph, str]:
     """The whole network as its edited graph, for as many input sizes as it allows and time permits; and a word about them."""
     source: TorchSource = program.source
+    if source.dynamic_shapes is not None:
+        return EditedGraph(shell, pruned), "the dynamic_shapes that were given"
     for freedom in list(FREEDOMS)[:-1]:
         if time.monotonic() > deadline:
             break
