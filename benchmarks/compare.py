@@ -306,7 +306,7 @@ def main() -> None:
         from benchmarks.onnx_files import FILES, find
 
         names = options.names or [name for name, file in FILES.items() if not file.note.startswith(NOT_HERE)]
-        sources = {name: str(path) for name in names if (path := find(name)) is not None}
+        sources = {name: str(path) for name in names if (path := Path(name) if options.show else find(name)) is not None}
         for name in (it for it in names if it not in sources):
             print(f"{name} is not here: python -m benchmarks.onnx_files {name}", file=sys.stderr)
     else:
