@@ -362,7 +362,8 @@ class Product(nn.Module):
         for together, *each in zip(self.decisions, *(it.decisions for it in single)):
             if together.sparse:
                 times = [it.sparse_us if it.sparse else it.dense_us for it in each]
-                found[together.tokens] = sum(times) / together.sparse_us if None not in times and together.sparse_us else 0.0  # type: ignore[arg-type]
+                known = [it for it in times if it is not None]
+                found[together.tokens] = sum(known) / together.sparse_us if together.sparse_us and len(known) == len(times) else 0.0
             else:
                 found[together.tokens] = 0.0 if any(it.sparse for it in each) else 1.0
         return found

@@ -449,7 +449,7 @@ def test_each_number_of_tokens_has_a_measured_answer(tmp_path):
 def library_on_cpu(monkeypatch) -> None:
     """cuSPARSELt takes CUDA tensors only."""
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone())
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda values, xt, bias, transpose_result: F.linear(xt.T, values, bias))
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda values, xt, bias: F.linear(xt.T, values, bias).T.contiguous())
 
 
 def test_the_library_is_asked_for_many_tokens_of_2_to_4_weights(tmp_path, monkeypatch):

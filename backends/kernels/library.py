@@ -36,13 +36,13 @@ class SemiStructured(Packed):
 
 @torch.library.custom_op("graphprune::two_four_library", mutates_args=())
 def product(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x W^T + bias for x (tokens, columns), tokens a multiple of 8."""
-    return torch._cslt_sparse_mm(values, x.t(), bias=bias, transpose_result=True).contiguous()
+    """W x^T + bias for x (tokens, columns), tokens a multiple of 8: the layout that the library is fast in."""
+    return torch._cslt_sparse_mm(values, x.t(), bias=bias)
 
 
 @product.register_fake
 def _(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
+    return x.new_empty(rows, x.shape[0])
 
 
 def accepts(weight: Tensor) -> str | None:
@@ -70,14 +70,14 @@ def pack(weight: Tensor) -> SemiStructured:
 def unpack(packed: SemiStructured) -> Tensor:
     """The dense weight: a product with the identity is the only way out."""
     rows, columns = packed.shape
-    return product(torch.eye(columns, dtype=packed.values.dtype, device=packed.values.device), packed.values, None, rows).T.contiguous()
+    return product(torch.eye(columns, dtype=packed.values.dtype, device=packed.values.device), packed.values, None, rows)
 
 
 def linear(x: Tensor, packed: SemiStructured, bias: Tensor | None = None, activation: str = "", config: str = "") -> Tensor:
     """y = act(x W^T + bias). x: (..., K) -> (..., M)."""
     flat = x.reshape(-1, x.shape[-1])
     padded = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % TOKENS))
-    y = product(padded, packed.values, bias, packed.shape[0])[: flat.shape[0]].reshape(*x.shape[:-1], -1)
+    y = product(padded, packed.values, bias, packed.shape[0]).t()[: flat.shape[0]].contiguous().reshape(*x.shape[:-1], -1)
     return epilogue(y, None, activation, x.dtype)
 
 
