@@ -9,10 +9,8 @@ Fusion comes after the cut, so heads and widths are those of each layer. Whether
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +22,7 @@ from onnxscript.optimizer import optimize
 from onnxscript.rewriter import pattern
 
 from graphprune.errors import InvalidInput
+from graphprune.silence import quiet_onnxscript
 
 NARROW: Mapping[str, ir.DataType] = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 FUSED = "com.microsoft"  # the domain of ONNX Runtime's own operators, which all have a 16-bit form
@@ -61,21 +60,9 @@ def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         for value in node.outputs:
             value.shape = None  # it may hold the old names
     passes.ShapeInferencePass()(model)
-    with _quiet():
+    with quiet_onnxscript():
         optimize(model)
     _drop_zero_terms(model.graph)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxscript warns of each node that it does not fold; here that is no news."""
-    logger = logging.getLogger("onnxscript")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _drop_zero_terms(graph: ir.Graph) -> None:
@@ -100,7 +87,7 @@ def fuse(model: ir.Model) -> dict[str, int]:
     """Fuse for ONNX Runtime; how many nodes of each of its operators the model has now."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    with _quiet():
+    with quiet_onnxscript():
         pattern.RewriteRuleSet([CausalGroupedAttention.rule()], commute=True).apply_to_model(model)
         optimize_for_ort(model)
     passes.InlinePass()(model)

@@ -26,6 +26,7 @@ from graphprune.checkpoints import load_checkpoint, model_class, weight_files
 from graphprune.errors import CaptureError, InvalidInput
 from graphprune.files import PathLike, atomic_dir, atomic_path
 from graphprune.plan import Plan
+from graphprune.silence import quiet_onnxscript
 from graphprune.surgery import apply_cut
 from graphprune.surgery.configs import checkpoint_config
 from graphprune.surgery.cut import Cut
@@ -93,7 +94,7 @@ def exported(module: nn.Module, source: Any) -> ir.Model:
                 wanted.append(open_shapes(source.module, source.args, source.kwargs, freedom))
     for shapes in wanted:
         try:
-            with evaluating(module), _exportable_experts(module):
+            with evaluating(module), _exportable_experts(module), quiet_onnxscript():
                 program = torch.onnx.export(
                     module, source.args, kwargs=dict(source.kwargs), dynamic_shapes=shapes, dynamo=True, verbose=False
                 )

@@ -22,6 +22,7 @@ from graphprune.capture.torch_export import from_graph_module
 from graphprune.errors import InvalidInput
 from graphprune.pass_manager import Pass, State, Step
 from graphprune.program import Kind, Program, Value
+from graphprune.silence import quiet_onnxscript
 
 FOLDED_ENTRIES = 2**20  # a larger constant is folded only where it is not larger than what it is made from
 WHOLE = 2**62  # the end of a slice that goes on to the end is the largest integer
@@ -52,7 +53,8 @@ class CleanupPass(Pass):
 
 
 def _fold_onnx(model: ir.Model) -> bool:
-    return fold_constants(model).modified
+    with quiet_onnxscript():
+        return fold_constants(model).modified
 
 
 ONNX: Mapping[str, Callable[[ir.Model], bool]] = {

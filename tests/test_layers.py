@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = """
 errors
-axes files measure cache widths
+axes files measure cache widths silence
 checkpoints
 program
 units samples linear_maps
@@ -50,7 +50,7 @@ cli
 __main__
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
-BACKENDS_MAY_USE = {"errors", "files", "measure", "cache", "widths", "program", "units", "execute", "plan", "ops", "backends"}
+BACKENDS_MAY_USE = {"errors", "files", "measure", "cache", "widths", "program", "units", "silence", "capture", "execute", "plan", "ops", "backends"}
 FOLDERS = {"graphprune": "", "passes": "passes", "backends": "backends"}
 
 # Upward imports inside functions, each with the reason why it is there.
