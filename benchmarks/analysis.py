@@ -109,9 +109,9 @@ def torchvision(pattern: str) -> None:
 
 
 def scaling() -> None:
+    import tests.torchvision_ops  # noqa: F401, I001  # before transformers, which imports torchvision
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import tests.torchvision_ops  # noqa: F401  # transformers imports torchvision
     from graphprune.capture.torch_export import capture_torch
 
     print(f"{'layers':>6} {'nodes':>6} {'export s':>9} {'analysis s':>11} {'groups':>7}")
