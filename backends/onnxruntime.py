@@ -22,8 +22,11 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from graphprune.capture.onnx_file import capture_onnx
 from graphprune.errors import InvalidInput, MissingExtra, VerificationFailed
+from graphprune.execute.likeness import distance, random_inputs
 from graphprune.measure import Stats, interleaved
+from graphprune.program import Program
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TORCH_TYPES = {
@@ -389,11 +392,8 @@ class _Tuning:
 
 
 def _examples(model: Any, file: Path) -> list[Any]:
-    """Random inputs like those that the model was captured with."""
-    from graphprune.api import capture
-    from graphprune.verify.certificate import random_inputs
-
-    program = getattr(model, "program", None) or (model if hasattr(model, "example_inputs") else capture(file))
+    """Random inputs like those that the model was captured with; made up where it was not."""
+    program = model if isinstance(model, Program) else getattr(model, "program", None) or capture_onnx(file)
     return [x for x in random_inputs(program, seed=1) if isinstance(x, torch.Tensor)]
 
 
@@ -407,8 +407,6 @@ def _resized(example: Any, shape: Any) -> torch.Tensor:
 
 
 def _distance(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    from graphprune.verify.certificate import distance
-
     return distance([it.cpu() for it in found], [it.cpu() for it in expected])
 
 

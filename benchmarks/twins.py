@@ -51,9 +51,9 @@ def compare(name: str) -> tuple[bool, bool, int, int, float, int, int, str]:
     from graphprune.capture.onnx_file import capture_onnx
     from graphprune.capture.torch_export import capture_torch
     from graphprune.execute.interpreter import run
+    from graphprune.execute.likeness import distance
     from graphprune.planning import make_plan
     from graphprune.surgery import Cut, apply_cut
-    from graphprune.verify.certificate import distance
 
     torch.set_num_threads(1)
     case = ROWS[name].build()

@@ -13,9 +13,10 @@ from torch import nn
 
 from graphprune.axes import leaves_of
 from graphprune.capture.torch_export import capture_torch
+from graphprune.execute.likeness import distance, random_inputs
 from graphprune.program import Program
 from graphprune.surgery import Cut, apply_cut, torch_graph
-from graphprune.verify.certificate import certify, distance, shifted_control
+from graphprune.verify.certificate import certify, shifted_control
 from tests.zoo import TINY
 
 
@@ -147,7 +148,6 @@ def test_a_cut_that_shows_at_no_scale_is_not_tested() -> None:
 def test_permuting_units_changes_nothing() -> None:
     """The units of a group have no order: a permutation of all members leaves the output as it is."""
     from graphprune.execute.interpreter import run
-    from graphprune.verify.certificate import random_inputs
 
     for name in TINY:
         original = program(name)

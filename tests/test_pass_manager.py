@@ -19,12 +19,12 @@ from torch import nn
 import graphprune as gp
 from graphprune.errors import InvalidInput, VerificationFailed
 from graphprune.execute.interpreter import run
+from graphprune.execute.likeness import distance
 from graphprune.pass_manager import Pass, PassManager, State, Step, bisect, parse
 from graphprune.passes import PASSES
 from graphprune.passes.cleanup import CleanupPass
 from graphprune.passes.structured import StructuredPass
 from graphprune.plan import Plan
-from graphprune.verify.certificate import distance
 
 WORDS = st.sampled_from(["channel", "a.b.weight", "none", "true", "features.*", "re:^x{2,}$", "", 'say "so"', "12", "a,b", "a+b", "näh"])
 SCALARS = WORDS | st.booleans() | st.none() | st.integers(-9, 9**9) | st.floats(allow_nan=False)

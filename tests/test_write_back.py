@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphprune.capture.torch_export import capture_torch
 from graphprune.errors import InvalidInput
 from graphprune.execute.interpreter import run
+from graphprune.execute.likeness import distance
 from graphprune.program import Program
 from graphprune.surgery import write_back as module_under_test
 from graphprune.surgery.cut import Cut
@@ -22,7 +23,6 @@ from graphprune.surgery.substitutes import MultiheadAttention, substitute_for
 from graphprune.surgery.torch_graph import apply_cut
 from graphprune.surgery.write_back import WriteBack, copied, named_replacements, write_back
 from graphprune.units import DEFAULT_UNITS
-from graphprune.verify.certificate import distance
 from graphprune.verify.module import Reference, cached_decoding_error
 from tests.randomise import randomise, seeded
 from tests.zoo import TINY

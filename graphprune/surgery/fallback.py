@@ -26,11 +26,11 @@ from graphprune.branches import branches
 from graphprune.capture.torch_export import TorchSource, capture_torch, from_graph_module
 from graphprune.errors import GraphPruneError, InvalidInput
 from graphprune.execute.interpreter import run
+from graphprune.execute.likeness import distance
 from graphprune.program import Kind, Node, Program
 from graphprune.surgery.attributes import scope_of
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.torch_graph import apply_cut
-from graphprune.verify.certificate import distance
 
 log = logging.getLogger("graphprune")
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphprune.execute.interpreter import run
+from graphprune.execute.likeness import distance, random_inputs
 from graphprune.program import Node, Program
-from graphprune.verify.certificate import distance, random_inputs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest entry
 DOUBTFUL = 1e-2  # an error below this is looked at again in float64
