@@ -19,8 +19,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -86,23 +86,25 @@ def sparse_module(
             factor = factors.setdefault((id(site.held), site.transposed), Factor(name, mask.T if site.transposed else mask, []))
             factor.sites.append(site)
 
-    def make(side_by_side: Sequence[Factor], counts: Iterable[int]) -> Product:
+    def choose(side_by_side: Sequence[Factor]) -> Choice:
         where = device if device is not None else side_by_side[0].sites[0].held.device
-        return Product(side_by_side, tuple(sorted(counts)), gate or Gate(where), force)
+        with torch.no_grad():
+            weights, masks = torch.cat([it.weight for it in side_by_side]), torch.cat([it.mask for it in side_by_side])
+            return Choice.of(_full(weights, masks.to(weights.device)), tuple(sorted(tokens)), gate or Gate(where), force)
 
     layers: dict[str, list[Layer]] = {}
     for several in _side_by_side(getattr(result, "program", None), factors.values()):
-        single = [make([it], tokens) for it in several]
-        product, apart = single[0], set(tokens)
+        alone, apart = [choose([it]) for it in several], set(tokens)
         if len(several) > 1:
-            product = make(several, tokens)
-            gains = {count: float("inf") for count in tokens} if force else product.gains(single)
+            choice = choose(several)
+            gains = {count: float("inf") for count in tokens} if force else choice.gains(alone)
             if max(gains.values()) > GAIN:
                 apart = {count for count, gain in gains.items() if gain < 1.0}
-                if apart:
-                    product, single = make(several, set(tokens) - apart), [make([it], apart) for it in several]
-                    product.leave(single)
-        together = len(several) > 1 and apart != set(tokens)
+        single = [Product([factor], it.only(apart)) for factor, it in zip(several, alone)] if apart else []
+        product = Product(several, choice.only(set(tokens) - apart)) if apart != set(tokens) else single[0]
+        if single and product is not single[0]:
+            product.leave(single)
+        together = apart != set(tokens)
         for index, factor in enumerate(several):
             runs = [product, *([single[index]] if apart else [])] if together else [single[index]]
             for site in factor.sites:
@@ -208,6 +210,11 @@ class Factor:
     sites: list[Site]
 
     @property
+    def weight(self) -> Tensor:
+        """(rows, columns)."""
+        return self.sites[0].weight
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Weights of the same kind can be laid side by side."""
         held = self.sites[0].held
@@ -305,6 +312,41 @@ def _intercept(module: ProgramModule, node: Node, bias: str, product: Product, p
 # ---- one product
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was decided about a weight, by number of tokens, and options of `pack` of each format that this takes."""
+
+    decisions: tuple[Decision, ...]
+    packing: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, weight: Tensor, tokens: Sequence[int], gate: Gate, force: str | bool) -> Choice:
+        """For a weight with zeros; see `sparse_module`."""
+        takes = [(kernel, options) for kernel, options in _formats(weight) if force in (False, True, kernel.name)]
+        decisions = (_forced(takes, weight, count) if force else gate.decide(takes, weight, count) for count in tokens)
+        return cls(tuple(decisions), {kernel.name: options for kernel, options in takes})
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        paths = {it.path for it in self.decisions}
+        return {name: options for name, options in self.packing.items() if name in paths}
+
+    def only(self, tokens: Collection[int]) -> Choice:
+        return replace(self, decisions=tuple(it for it in self.decisions if it.tokens in tokens))
+
+    def gains(self, single: Sequence[Choice]) -> dict[int, float]:
+        """How many times faster than one product for each weight it was measured to be, by number of tokens; 0 where that is unknown."""
+        found = {}
+        for together, *each in zip(self.decisions, *(it.decisions for it in single)):
+            if together.sparse:
+                times = [it.sparse_us if it.sparse else it.dense_us for it in each]
+                known = [it for it in times if it is not None]
+                found[together.tokens] = sum(known) / together.sparse_us if together.sparse_us and len(known) == len(times) else 0.0
+            else:
+                found[together.tokens] = 0.0 if any(it.sparse for it in each) else 1.0
+        return found
+
+
 class Stored(nn.Module):
     """A compressed weight whose tensors are buffers that no state dict holds; kernels read it like the `Packed` that it came from."""
 
@@ -332,41 +374,21 @@ class Product(nn.Module):
 
     bits: Tensor
 
-    def __init__(self, factors: Sequence[Factor], tokens: Sequence[int], gate: Gate, force: str | bool) -> None:
+    def __init__(self, factors: Sequence[Factor], choice: Choice) -> None:
         super().__init__()
         self.sites = tuple(it.sites[0] for it in factors)  # a tuple, so that the owners do not become parts
         ends = [*accumulate(it.mask.shape[0] for it in factors)]
         self.rows = tuple(zip((0, *ends), ends))  # of each weight
         self.register_buffer("bits", _packed_bits(torch.cat([it.mask.to(self.sites[0].held.device) for it in factors])), persistent=False)
-        self.state: tuple[Any, ...] = ()
         self.expands = False  # dense products from the compressed weight, because the dense one is not on the device
         self.shared: tuple[Tensor, int, Tensor] | None = None  # an x, its version and the product, until all layers took their part
-        with torch.no_grad():
-            full = self._full()
-            takes = [(kernel, options) for kernel, options in _formats(full) if force in (False, True, kernel.name)]
-            if force:
-                self.decisions = tuple(_forced(takes, full, count) for count in tokens)
-            else:
-                self.decisions = tuple(gate.decide(takes, full, count) for count in tokens)
-            self.options = {kernel.name: options for kernel, options in takes if any(d.path == kernel.name for d in self.decisions)}
-            self.formats = nn.ModuleDict({name: Stored(FORMATS[name].pack(full, **options)) for name, options in self.options.items()})
+        self.decisions, self.options = choice.decisions, choice.options
         self.steps = tuple((d.tokens, d.path, d.config) for d in self.decisions)
         self.each: Sequence[Any] = ()
-        self.refresh()
+        self.formats = nn.ModuleDict({name: Stored(packed) for name, packed in self._packed().items()})
+        self.state = self._state()
         for site in self.sites:
             site.owner.register_load_state_dict_post_hook(functools.partial(_loaded, self))
-
-    def gains(self, single: Sequence[Product]) -> dict[int, float]:
-        """How many times faster than one product for each weight this was measured to be, by number of tokens; 0 where that is unknown."""
-        found = {}
-        for together, *each in zip(self.decisions, *(it.decisions for it in single)):
-            if together.sparse:
-                times = [it.sparse_us if it.sparse else it.dense_us for it in each]
-                known = [it for it in times if it is not None]
-                found[together.tokens] = sum(known) / together.sparse_us if together.sparse_us and len(known) == len(times) else 0.0
-            else:
-                found[together.tokens] = 0.0 if any(it.sparse for it in each) else 1.0
-        return found
 
     def leave(self, single: Sequence[Product]) -> None:
         """Leaves the numbers of tokens that were decided for each weight alone to those products."""
@@ -433,25 +455,27 @@ class Product(nn.Module):
 
     def refresh(self) -> None:
         """Compress the weights again if one changed, and mask what was written over zeros."""
-        state = tuple(_state(site.held) for site in self.sites)
-        if self.sites[0].held.is_meta or state == self.state:
+        if self.sites[0].held.is_meta or self._state() == self.state:
             return
-        with torch.no_grad():
-            for part, site in enumerate(self.sites):
-                mask = self.mask(part).to(site.held.device)
-                if bool((site.weight[~mask] != 0).any()):
-                    site.weight.mul_(mask)
-            full = self._full() if self.formats else None
-            for name, stored in self.formats.items():
-                stored.take(FORMATS[name].pack(full, **self.options[name]))  # type: ignore[operator]
-        self.state, self.shared = tuple(_state(site.held) for site in self.sites), None
+        for name, packed in self._packed().items():
+            self.formats[name].take(packed)  # type: ignore[operator]
+        self.state, self.shared = self._state(), None
 
-    def _full(self) -> Tensor:
-        """The weight with no zero where the mask keeps it: kernels store what is not zero, and the places must not depend on values."""
-        weight, mask = self.weight.detach().to(self.bits.device), self.mask()
-        info = torch.finfo(weight.dtype)
-        least = max(info.smallest_normal * info.eps, 2.0**-126)  # of what is not zero in any arithmetic
-        return torch.where(mask, torch.where(weight == 0, least, weight), 0.0).to(weight.dtype)
+    @torch.no_grad()
+    def _packed(self) -> dict[str, Packed]:
+        for part, site in enumerate(self.sites):
+            mask = self.mask(part).to(site.held.device)
+            if bool((site.weight[~mask] != 0).any()):
+                site.weight.mul_(mask)
+        if not self.options:
+            return {}
+        full = _full(self.weight.detach().to(self.bits.device), self.mask())
+        return {name: FORMATS[name].pack(full, **options) for name, options in self.options.items()}
+
+    def _state(self) -> tuple[Any, ...]:
+        """Changes whenever the numbers may have changed."""
+        held = [site.held for site in self.sites]
+        return tuple((-1 if it.is_inference() else it._version, it.data_ptr(), it.dtype, it.device) for it in held)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{path} to {most}" for most, path, _ in self.steps) + " tokens"
@@ -481,9 +505,11 @@ def _loaded(product: Product, module: nn.Module, keys: Any) -> None:
     product.refresh()
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the numbers may have changed."""
-    return (-1 if weight.is_inference() else weight._version), weight.data_ptr(), weight.dtype, weight.device
+def _full(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight with no zero where the mask keeps it: kernels store what is not zero, and the places must not depend on values."""
+    info = torch.finfo(weight.dtype)
+    least = max(info.smallest_normal * info.eps, 2.0**-126)  # of what is not zero in any arithmetic
+    return torch.where(mask, torch.where(weight == 0, least, weight), 0.0).to(weight.dtype)
 
 
 def _packed_bits(mask: Tensor) -> Tensor:
