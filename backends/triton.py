@@ -94,22 +94,12 @@ def sparse_module(
 
     layers: dict[str, list[Layer]] = {}
     for several in _side_by_side(getattr(result, "program", None), factors.values()):
-        alone, apart = [choose([it]) for it in several], set(tokens)
-        if len(several) > 1:
-            choice = choose(several)
-            gains = {count: float("inf") for count in tokens} if force else choice.gains(alone)
-            if max(gains.values()) > GAIN:
-                apart = {count for count, gain in gains.items() if gain < 1.0}
-        single = [Product([factor], it.only(apart)) for factor, it in zip(several, alone)] if apart else []
-        product = Product(several, choice.only(set(tokens) - apart)) if apart != set(tokens) else single[0]
-        if single and product is not single[0]:
-            product.leave(single)
-        together = apart != set(tokens)
+        joint, single = _products(several, choose, tokens, bool(force))
         for index, factor in enumerate(several):
-            runs = [product, *([single[index]] if apart else [])] if together else [single[index]]
+            runs = [*([joint] if joint else []), *([single[index]] if single else [])]
             for site in factor.sites:
-                site.place(runs[0], index if together else 0)
-            layers[factor.name] = [_layer(several if it is product and together else [factor], it.decisions) for it in runs]
+                site.place(runs[0], index if joint else 0)
+            layers[factor.name] = [_layer(several if it is joint else [factor], it.decisions) for it in runs]
             if not keep_dense and runs[0].formats:
                 for it in runs:
                     it.expands = bool(it.formats)
@@ -120,6 +110,24 @@ def sparse_module(
         layers.setdefault(name, [_layer([Factor(name, mask, [])], elsewhere)])
     root.__dict__["sparse_layers"] = tuple(dict.fromkeys(it for name, _ in masks.values() for it in layers[name]))
     return root
+
+
+def _products(
+    several: Sequence[Factor], choose: Callable[[Sequence[Factor]], Choice], tokens: Sequence[int], force: bool
+) -> tuple[Product | None, list[Product]]:
+    """One product for all weights, if it is faster for some numbers of tokens; and one for each weight, for the others."""
+    alone, together, apart = [choose([it]) for it in several], None, set(tokens)
+    if len(several) > 1:
+        together = choose(several)
+        gains = dict.fromkeys(tokens, float("inf")) if force else together.gains(alone)
+        if max(gains.values()) > GAIN:
+            apart = {count for count, gain in gains.items() if gain < 1.0}
+    single = [Product([factor], it.only(apart)) for factor, it in zip(several, alone)] if apart else []
+    if together is None or apart == set(tokens):
+        return None, single
+    joint = Product(several, together.only(set(tokens) - apart))
+    joint.leave(single)
+    return joint, single
 
 
 def _to_host(factor: Factor) -> None:
@@ -393,7 +401,7 @@ class Product(nn.Module):
     def leave(self, single: Sequence[Product]) -> None:
         """Leaves the numbers of tokens that were decided for each weight alone to those products."""
         self.each = nn.ModuleList(single)
-        self.steps = tuple(sorted((*self.steps, *((it.tokens, EACH, "") for it in single[0].decisions))))
+        self.steps = tuple(sorted((*self.steps, *((it.tokens, EACH, "") for each in single[:1] for it in each.decisions))))
 
     @property
     def weight(self) -> Tensor:
