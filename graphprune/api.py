@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphprune.allocation import Measure
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
-from graphprune.decisions import decide
+from graphprune.decisions import decide, known_arguments
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
 from graphprune.layer_costs import Times, layer_costs, op_times
 from graphprune.measure import interleaved
@@ -138,7 +138,7 @@ def plan(
     check_backend(backend)
     trials = partial(_trials, backend=backend) if measure is None else lambda program, **given: measure
     widths = partial(widths_of, backend=backend)
-    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths, **_known(decide, planning)).plan
+    return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths, **known_arguments(planning)).plan
 
 
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
@@ -152,16 +152,6 @@ def _trials(program: Program, backend: str = "torch", device: Any = None, **give
         return _latency(Result(program, pruned, Plan(), sizes, None, backend, module, None, place), paired, held)
 
     return Trials(program, latency, **given)
-
-
-def _known(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, or an error that lists the known ones."""
-    known = {name for name, it in inspect.signature(function).parameters.items() if it.kind is it.KEYWORD_ONLY}
-    unknown = set(given) - known
-    if unknown:
-        names = ", ".join(sorted(known))
-        raise InvalidInput(f"unknown argument {sorted(unknown)[0]!r}; known are {names}")
-    return dict(given)
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -115,3 +116,11 @@ def decide(
     if prepared:
         plan = replace(plan, settings={**plan.settings, "prepare": prepared})
     return Decision(program, plan, data, None, tried)
+
+
+def known_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given to `decide` by name, or an error that lists what it takes."""
+    known = {name for name, it in inspect.signature(decide).parameters.items() if it.kind is it.KEYWORD_ONLY}
+    if unknown := sorted(set(given) - known):
+        raise InvalidInput(f"unknown argument {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return dict(given)

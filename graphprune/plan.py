@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from graphprune.blocks import named_blocks
@@ -79,7 +79,8 @@ class Plan:
         """Hash of the decisions: equal for equal cuts of equally named groups."""
         text = json.dumps([[name, e.size, e.removed] for name, e in sorted(self.entries.items())])
         digest = hashlib.sha256(text.encode())
-        for name, mask in sorted(self.masks.items()):
+        for name in sorted(self.masks):  # one at a time: they may lie in files
+            mask = self.masks[name]
             digest.update(f"{name} {tuple(mask.shape)}".encode() + _packed(mask).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -173,6 +174,31 @@ class Plan:
         rows += [f"  {name}: {e.size} -> {e.size - len(e.removed)} ({e.kind})" for name, e in self.entries.items()]
         rows += [f"  {name}: {1 - float(mask.float().mean()):.1%} zeros" for name, mask in self.masks.items()]
         return "\n".join(rows)
+
+
+class SavedMasks(Mapping[str, torch.Tensor]):
+    """Masks of a plan that was saved, each read when it is asked for.
+
+    Args:
+        path: of the plan; shapes: of the masks, by name.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._path, self._shapes = _beside(path), dict(shapes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        with safe_open(self._path, framework="pt") as file:
+            return _unpacked(file.get_tensor(name), shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def _beside(path: Path) -> Path:

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from torch.utils import _pytree as pytree
 from graphprune.api import capture
 from graphprune.calibration import reread
 from graphprune.checkpoints import model_class, read_config, weight_files
-from graphprune.decisions import decide
+from graphprune.decisions import decide, known_arguments
 from graphprune.errors import InvalidInput
 from graphprune.files import PathLike, atomic_dir
-from graphprune.plan import Plan
+from graphprune.plan import Plan, SavedMasks
 from graphprune.program import Program, Value
 from graphprune.recipes import recipe_of
 from graphprune.results import BUFFERS, save_record
@@ -59,6 +60,9 @@ class Shelf(MutableMapping[str, Tensor]):
     def __delitem__(self, name: str) -> None:
         self._files.pop(name).unlink()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -77,18 +81,19 @@ class FolderReader:
 
     def __init__(self, folder: PathLike, buffers: Mapping[str, Tensor], device: torch.device | str, shelves: Path) -> None:
         self.device, self.buffers, self.shelves = torch.device(device), dict(buffers), shelves
-        self.files: dict[str, Path] = {}
+        self.files: dict[str, tuple[Path, str]] = {}  # name -> file, and the name in it, which is another one for some tied weights
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
-                self.files.update(dict.fromkeys(tensors.keys(), file))
+                self.files.update({name: (file, name) for name in tensors.keys()})
         self._shelves = 0
 
     def stored(self, name: str) -> Tensor:
         """A tensor of the checkpoint, on the CPU."""
         if name in self.buffers:
             return self.buffers[name]
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        path, written = self.files[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(written)
 
     def __call__(self, value: Value) -> Tensor:
         return self.stored(value.name).to(self.device, value.dtype)
@@ -105,7 +110,7 @@ def _parameters_without_data() -> Iterator[None]:
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # else it is tied to another one, and stays the same object
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
@@ -138,13 +143,15 @@ def open_checkpoint(folder: PathLike, example_inputs: Any = None, *, device: tor
     reader.buffers = {name: buffer for name, buffer in buffers.items() if name not in reader.files}
     inputs = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
     program = capture(model, dict(inputs) if isinstance(inputs, Mapping) else inputs)
-    for name, value in program.weights.items():
+    for name in program.weights:
         other = [alias for alias, held in program.aliases.items() if held == name and alias in reader.files]
         if name not in reader.files and name not in reader.buffers and other:
             reader.files[name] = reader.files[other[0]]
-        if name not in reader.files and name not in reader.buffers:
+    shapes = {name: value.shape for name, value in (*program.weights.items(), *model.state_dict().items())}
+    for name, shape in shapes.items():
+        if name not in reader.files and name not in reader.buffers and name not in program.aliases:
             raise InvalidInput(
-                f"{folder} holds no tensor {name!r} of {list(value.shape)}: transformers renames or joins tensors of this class when it "
+                f"{folder} holds no tensor {name!r} of {list(shape or ())}: transformers renames or joins tensors of this class when it "
                 "loads them. Load the model whole, and prune it with graphprune.compile"
             )
     program.reader = reader
@@ -167,6 +174,7 @@ def prune_checkpoint(
     Raises:
         InvalidInput, NothingToPrune, BudgetNotMet: as `graphprune.compile`; nothing is written then.
     """
+    planning = known_arguments(planning)
     method = recipe_of(planning["recipe"]) if planning.get("recipe") is not None else None
     if method is not None and method.prepare:
         raise InvalidInput(f"recipe {method.name!r} rewrites all weights before it chooses; use graphprune.compile")
@@ -182,7 +190,8 @@ def prune_checkpoint(
         _write(program, made.plan, made.solved or {}, fresh)
         if (Path(folder) / "generation_config.json").is_file():
             shutil.copy(Path(folder) / "generation_config.json", fresh)
-    return made.plan
+    shapes = {name: program.weights[name].shape or () for name in made.plan.masks}
+    return replace(made.plan, masks=SavedMasks(Path(out) / "plan.json", shapes))
 
 
 def _write(program: Program, plan: Plan, solved: Mapping[str, Tensor], folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import graphprune as gp
 from graphprune import streaming
@@ -67,6 +68,7 @@ def test_the_result_is_that_of_the_run_in_memory(planning, tie, tmp_path, monkey
     plan = prune_checkpoint(tmp_path / "dense", tmp_path / "out", calibration_data=data, **planning)
     assert plan.removed == whole.plan.removed and plan.masks.keys() == whole.plan.masks.keys()
     assert plan.hash == whole.plan.hash == gp.Plan.load(tmp_path / "out" / "plan.json").hash
+    assert all(torch.equal(mask, whole.plan.masks[name]) for name, mask in plan.masks.items())
     assert 1 <= alive.most <= 2
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     loaded, expected = gp.load(tmp_path / "out"), whole.module.state_dict()
@@ -75,6 +77,31 @@ def test_the_result_is_that_of_the_run_in_memory(planning, tie, tmp_path, monkey
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**data[0]).logits, whole.module(**data[0]).logits, rtol=0, atol=0)
+
+
+def test_a_tied_weight_may_be_stored_under_its_other_name(tmp_path):
+    _, data = checkpoint(tmp_path / "dense", tie=True)
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["lm_head.weight"] = table = tensors.pop("model.embed_tokens.weight")
+            save_file(tensors, file, {"format": "pt"})
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", calibration_data=data, pruning_ratio=0.3)
+    assert torch.equal(gp.load(tmp_path / "out").lm_head.weight, table)
+
+
+def test_ties_that_transformers_makes_are_kept(tmp_path):
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=61)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "dense")  # without the decoder's weight and bias, which are tied
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", example_inputs={"input_ids": torch.randint(0, 61, (2, 9))}, pruning_ratio=0.3)
+    head = gp.load(tmp_path / "out").cls.predictions
+    assert head.decoder.bias is head.bias
+
+
+def test_an_unknown_argument_is_named(tmp_path):
+    checkpoint(tmp_path / "dense")
+    with pytest.raises(InvalidInput, match="unknown argument 'backend'; known are budget, "):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", pruning_ratio=0.3, backend="triton")
 
 
 def test_masks_need_no_code_of_ours_to_be_loaded(tmp_path):
