@@ -392,7 +392,7 @@ class Product(nn.Module):
         self.shared: tuple[Tensor, int, Tensor] | None = None  # an x, its version and the product, until all layers took their part
         self.decisions, self.options = choice.decisions, choice.options
         self.steps = tuple((d.tokens, d.path, d.config) for d in self.decisions)
-        self.each: Sequence[Any] = ()
+        self.each: Any = ()  # products of each weight alone
         self.formats = nn.ModuleDict({name: Stored(packed) for name, packed in self._packed().items()})
         self.state = self._state()
         for site in self.sites:
