@@ -14,10 +14,12 @@ Everything is batched over groups: weights are (groups, outputs, columns), H is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
+SMALL = 6  # columns of a step up to which the inverses of all its subsets are made, rather than a system solved for every row
 ROWS = 1 << 24  # entries of the row systems that are solved at once
 
 Choose = Callable[[int, Tensor, Tensor], Tensor]  # (first column, weights of the step, inverse over the step) -> mask of the step
@@ -74,12 +76,25 @@ def _joint(weight: Tensor, gone: Tensor, inner: Tensor) -> Tensor:
     """(groups, outputs, step): w_P ([H^-1]_PP)^-1 of every row, zero outside P."""
     out = torch.empty_like(weight)
     size = weight.shape[-1]
+    if size <= SMALL:
+        subsets = _subsets(size, weight.device).to(weight)
+        systems = inner[:, None] * subsets[:, :, None] * subsets[:, None] + torch.diag_embed(1 - subsets)
+        inverses = torch.linalg.inv_ex(systems)[0]  # (groups, subsets, size, size)
+        which = (gone * 2 ** torch.arange(size, device=gone.device)).sum(-1)  # (groups, outputs)
+        each = torch.arange(len(inverses), device=which.device)[:, None]
+        return ((weight * gone)[..., None, :] @ inverses[each, which])[..., 0, :]
     for g in range(weight.shape[0]):
         for part in torch.arange(weight.shape[1], device=weight.device).split(max(1, ROWS // size**2)):
             mask = gone[g, part].to(weight)
             system = inner[g] * mask[:, :, None] * mask[:, None, :] + torch.diag_embed(1 - mask)
             out[g, part] = torch.linalg.solve(system, (weight[g, part] * mask)[..., None])[..., 0]
     return out
+
+
+@cache
+def _subsets(size: int, device: torch.device) -> Tensor:
+    """(2**size, size) bool, row i the binary digits of i, least first."""
+    return (torch.arange(2**size, device=device)[:, None] >> torch.arange(size, device=device)) % 2 == 1
 
 
 def _sequential(weight: Tensor, gone: Tensor, corner: Tensor) -> Tensor:

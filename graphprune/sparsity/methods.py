@@ -70,14 +70,12 @@ class Weights:
 
 
 def best_sets(weight: Tensor, inner: Tensor, pattern: NOfM) -> Tensor:
-    """Per row the set of least joint loss `w_P (inner_PP)^-1 w_P^T`."""
-    losses = []
-    gone = pattern.sets(weight.device)
-    for members in gone:
-        part = weight[..., members]
-        solved = torch.linalg.solve(inner[:, members][:, :, members], part.mT)
-        losses.append((part * solved.mT).sum(-1))
-    return ~gone[torch.stack(losses, -1).argmin(-1)]
+    """Per row the set of least joint loss `w_P (inner_PP)^-1 w_P^T`; all sets at once, since there are few and each is small."""
+    gone, members = pattern.sets(weight.device)
+    inverses = torch.linalg.inv_ex(inner[:, members[:, :, None], members[:, None]])[0]  # (groups, sets, members, members)
+    parts = weight[..., members].movedim(2, 1)  # (groups, sets, outputs, members)
+    losses = ((parts @ inverses) * parts).sum(-1)
+    return ~gone[losses.argmin(1)]
 
 
 def magnitude(matrix: Tensor, statistic: Any) -> Tensor:

@@ -52,9 +52,9 @@ class NOfM:
         mask[..., :whole] = _all_but_smallest(cells, self.of - self.kept).flatten(-2)
         return mask
 
-    def sets(self, device: torch.device) -> Tensor:
-        """(sets, of) bool: every way to remove the others."""
-        return _sets(self.kept, self.of).to(device)
+    def sets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Every way to remove the others: (sets, of) bool, and (sets, of - kept) their columns."""
+        return _sets(self.kept, self.of, device)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def pattern_of(text: str | Pattern) -> Pattern:
 
 
 @cache
-def _sets(kept: int, of: int) -> Tensor:
-    rows = [[i in gone for i in range(of)] for gone in combinations(range(of), of - kept)]
-    return torch.tensor(rows)
+def _sets(kept: int, of: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    members = torch.tensor(list(combinations(range(of), of - kept)), device=device)
+    return torch.zeros(len(members), of, dtype=torch.bool, device=device).scatter_(1, members, True), members
 
 
 def _all_but_smallest(scores: Tensor, count: int) -> Tensor:
