@@ -89,8 +89,9 @@ def sparse_module(
     def choose(side_by_side: Sequence[Factor]) -> Choice:
         where = device if device is not None else side_by_side[0].sites[0].held.device
         with torch.no_grad():
-            weights, masks = torch.cat([it.weight for it in side_by_side]), torch.cat([it.mask for it in side_by_side])
-            return Choice.of(_full(weights, masks.to(weights.device)), tuple(sorted(tokens)), gate or Gate(where), force)
+            weights = torch.cat([it.weight for it in side_by_side])
+            masks = torch.cat([it.mask.to(weights.device) for it in side_by_side])
+            return Choice.of(_full(weights, masks), tuple(sorted(tokens)), gate or Gate(where), force)
 
     layers: dict[str, list[Layer]] = {}
     for several in _side_by_side(getattr(result, "program", None), factors.values()):
@@ -104,6 +105,8 @@ def sparse_module(
                 for it in runs:
                     it.expands = bool(it.formats)
                 _to_host(factor)
+        for it in (*([joint] if joint else []), *single):
+            it.settle()
     _fuse(root)
     elsewhere = tuple(Decision("dense", n, "dense products only: what multiplies with it is no linear layer") for n in tokens)
     for name, mask in masks.values():
@@ -435,6 +438,9 @@ class Product(nn.Module):
         if path == "dense" and self.expands:
             path, config = next(iter(self.options)), EXPAND
         if path == "dense" or x.dtype != weight.dtype:  # autocast chooses the type of a dense product
+            if self.expands:
+                name = next(iter(self.options))
+                weight = FORMATS[name].unpack(self.formats[name])[slice(*self.rows[part])]
             return ACTIVATIONS[activation](F.linear(x, weight, bias))
         if len(self.sites) == 1:
             return FORMATS[path].linear(x, self.formats[path], bias, activation, config)
@@ -467,6 +473,10 @@ class Product(nn.Module):
             return
         for name, packed in self._packed().items():
             self.formats[name].take(packed)  # type: ignore[operator]
+        self.settle()
+
+    def settle(self) -> None:
+        """The weights as they are now are those that are compressed."""
         self.state, self.shared = self._state(), None
 
     @torch.no_grad()

@@ -25,8 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune as gp
 from graphprune import bench
+from graphprune.backends import triton
 from graphprune.backends.base import lower
 from graphprune.backends.gate import Gate, Measurement, Roof, Table
+from graphprune.backends.kernels import library
 from graphprune.backends.triton import FORMATS, FusedSequential, Product, SparseLinear, random_weight, sparse_module
 from graphprune.errors import InvalidInput
 from graphprune.report import Report, tables
@@ -279,6 +281,23 @@ def test_dense_weights_can_leave_the_device(result):
         torch.testing.assert_close(module.up(x), twice, **CLOSE)
 
 
+def test_what_left_the_device_is_neither_compressed_again_nor_read_by_autocast(monkeypatch):
+    result = pruned()
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from another device
+    module = lower(result, "triton", force=True, tokens=(1, 64), keep_dense=False)
+    monkeypatch.setattr(triton.Stored, "take", lambda *_: pytest.fail("weights that only moved are compressed again"))
+    x = torch.randn(2, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), result.module(x), **CLOSE)
+        expected = [F.linear(x, layer.weight, layer.bias) for layer in (result.module.gate, result.module.up)]
+        for name in ("gate", "up"):
+            module.get_parameter(f"{name}.weight").data.fill_(float("nan"))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [layer(x.bfloat16()) for layer in (module.gate, module.up)]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.float(), b, rtol=3e-2, atol=3e-2)
+
+
 def test_weights_that_are_loaded_are_masked_and_compressed(result):
     module = copy.deepcopy(forced(result))
     with seeded(7):
@@ -462,6 +481,19 @@ def test_the_library_is_asked_for_many_tokens_of_2_to_4_weights(tmp_path, monkey
     x = torch.randn(2, 256).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(module(x), result.module(x))
+
+
+def test_gradients_pass_through_the_library_to_what_comes_before(monkeypatch):
+    library_on_cpu(monkeypatch)
+    weight = random_weight("two_four_library", 64, 128, 0.5, torch.Generator().manual_seed(0))
+    x, bias = torch.randn(2, 3, 128).bfloat16(), torch.randn(64).bfloat16()
+    packed, found, expected = library.pack(weight), [], []
+    for run, out in ((lambda x, b: library.linear(x, packed, b, "relu"), found), (lambda x, b: F.linear(x, weight, b).relu(), expected)):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        run(*leaves).square().sum().backward()
+        out += [leaf.grad for leaf in leaves]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-1)
+    assert library.linear(x[:0], packed).shape == (0, 3, 64)
 
 
 def test_wrong_options_are_named():

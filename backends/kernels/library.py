@@ -7,6 +7,7 @@ It reads 9/16 of a 16-bit weight and does half the multiplications. At few token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,27 @@ def _(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     return x.new_empty(rows, x.shape[0])
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, ctx.rows = inputs
+    ctx.columns, ctx.kind = x.shape[1], x.dtype
+    ctx.save_for_backward(values)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x and the bias: what is compressed is not trained."""
+    (values,) = ctx.saved_tensors
+    x = grad.T @ _dense(values, ctx.rows, ctx.columns, ctx.kind) if ctx.needs_input_grad[0] else None
+    return x, None, grad.sum(1) if ctx.needs_input_grad[2] else None, None
+
+
+product.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _dense(values: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight: a product with the identity is the only way out."""
+    return product(torch.eye(columns, dtype=dtype, device=values.device), values, None, rows)
+
+
 def accepts(weight: Tensor) -> str | None:
     """Why torch does not take `weight`, or None."""
     if (reason := two_four.accepts(weight)) is not None:
@@ -68,16 +90,15 @@ def pack(weight: Tensor) -> SemiStructured:
 
 
 def unpack(packed: SemiStructured) -> Tensor:
-    """The dense weight: a product with the identity is the only way out."""
-    rows, columns = packed.shape
-    return product(torch.eye(columns, dtype=packed.values.dtype, device=packed.values.device), packed.values, None, rows)
+    """The dense weight."""
+    return _dense(packed.values, *packed.shape, packed.values.dtype)
 
 
 def linear(x: Tensor, packed: SemiStructured, bias: Tensor | None = None, activation: str = "", config: str = "") -> Tensor:
     """y = act(x W^T + bias). x: (..., K) -> (..., M)."""
     flat = x.reshape(-1, x.shape[-1])
     padded = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % TOKENS))
-    y = product(padded, packed.values, bias, packed.shape[0]).t()[: flat.shape[0]].contiguous().reshape(*x.shape[:-1], -1)
+    y = product(padded, packed.values, bias, packed.shape[0]).t()[: flat.shape[0]].contiguous().reshape(*x.shape[:-1], packed.shape[0])
     return epilogue(y, None, activation, x.dtype)
 
 
