@@ -57,6 +57,7 @@ def cut_of(program: Program, ratio: float = 0.3) -> Cut:
         ("vgg", ("least_squares",), True, 0.1),
         ("unet", ("least_squares",), True, 0.6),
         ("gqa", ("least_squares",), True, 0.6),
+        ("vit", ("removed_mean",), True, 0.9),
         ("vit", ("least_squares", "bias"), True, 0.4),
     ],
 )
@@ -85,7 +86,7 @@ def test_nothing_of_the_users_is_written_and_no_shape_changes(name, repair):
         new = mended.weights[key].tensor
         assert new.shape == value.tensor.shape and new.dtype == value.tensor.dtype and type(new) is type(value.tensor)
         assert new.requires_grad == value.tensor.requires_grad
-    kinds = {"bn": ("running_mean", "running_var"), "bias": ("bias",), "least_squares": ("weight", "bias")}[repair]
+    kinds = {"bn": ("running_mean", "running_var"), "bias": ("bias",), "removed_mean": ("bias",), "least_squares": ("weight", "bias")}[repair]
     assert all(key.endswith(kinds) for key in moved)
     (x,) = samples(program, 1)[0]
     torch.testing.assert_close(mended.source.graph_module(x), run(mended, [x])[0])
@@ -117,6 +118,23 @@ def test_bias_restores_the_mean_of_every_layer():
             keep = cut.keep(node.outputs[0], affine(node).channel % len(node.outputs[0].shape))
             expected = wanted[node.name] if keep is None else wanted[node.name][torch.from_numpy(keep)]
             torch.testing.assert_close(got[node.name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_removed_mean_adds_what_removed_inputs_gave_and_follows_nothing_else():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+        data = [[torch.randn(16, 3) + 1] for _ in range(3)]
+    program = capture_torch(net, (data[0][0],))
+    gone = next(g.name for g in program.groups if g.size == 6)
+    cut = Cut(program.analysis, {gone: [1, 4]})
+    plain = apply_cut(program, cut)
+    mended = repaired(program, cut, apply_cut(program, cut), ("removed_mean",), data)
+    hidden = net[1](net[0](torch.cat([x for (x,) in data])))
+    expected = net[2].bias + net[2].weight[:, [1, 4]] @ hidden[:, [1, 4]].mean(0)
+    torch.testing.assert_close(mended.weights["2.bias"].tensor, expected.detach())
+    moved = {k for k, v in mended.weights.items() if not torch.equal(v.tensor, plain.weights[k].tensor)}
+    assert moved == {"2.bias"}
 
 
 def test_batch_norm_follows_a_shift_and_a_scale():

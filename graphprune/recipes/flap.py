@@ -13,8 +13,9 @@ RECIPES = (
         score=standardised_variance,
         unit=INNER_UNITS,
         allocation=Global(of="params"),
-        repair=("bias",),
+        repair=("removed_mean",),
         deviations="variance with n - 1 over all tokens; attention is not squared a second time; a ratio removes that fraction of the "
-        "parameters of all units, not one unit more; layers without a bias get none, so that their mean is not made up for",
+        "parameters of all units, not one unit more; layers without a bias get none, so that their mean is not made up for; of a few large "
+        "groups (two of keys and values) each has a score near the layer's mean, though it is half of an attention",
     ),
 )

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from graphprune.errors import InvalidInput
 from graphprune.program import Kind, Program
 from graphprune.repair.moments import batch_norm, bias
-from graphprune.repair.refit import least_squares
+from graphprune.repair.refit import least_squares, removed_mean
 from graphprune.repair.rotation import norm_width
 from graphprune.surgery.cut import Cut
 
 Repair = Callable[[Program, Cut, Program, Any], Mapping[str, Tensor]]  # (original, cut, pruned, data) -> new tensors by weight name
 
-REPAIRS: dict[str, Repair] = {"bn": batch_norm, "bias": bias, "least_squares": least_squares, "norm_width": norm_width}
+REPAIRS: dict[str, Repair] = {
+    "bn": batch_norm, "bias": bias, "removed_mean": removed_mean, "least_squares": least_squares, "norm_width": norm_width,
+}  # fmt: skip
 DATA_FREE = ("bn",)
 
 
