@@ -223,8 +223,8 @@ def _spelled_shapes(tree: Any) -> Any:
     """`dynamic_shapes` as JSON holds them: names and bounds of axes, hints, and how they are nested."""
     if tree is None or isinstance(tree, (int, str)):
         return {"literal": tree}
-    if isinstance(tree, (list, tuple)):
-        return {"tuple": [_spelled_shapes(item) for item in tree]}
+    if isinstance(tree, (list, tuple)):  # torch.export tells them apart, as the arguments do
+        return {"list" if isinstance(tree, list) else "tuple": [_spelled_shapes(item) for item in tree]}
     if isinstance(tree, Mapping):
         return {"dict": [[key, _spelled_shapes(item)] for key, item in tree.items()]}
     hint = next((name for name in HINTS if tree is getattr(torch.export.Dim, name)), None)
@@ -239,8 +239,8 @@ def _read_shapes(tree: Mapping[str, Any] | None) -> Any:
     if tree is None:
         return None
     ((kind, held),) = tree.items()
-    if kind == "tuple":
-        return tuple(_read_shapes(item) for item in held)
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_read_shapes(item) for item in held)
     if kind == "dict":
         return {key: _read_shapes(item) for key, item in held}
     if kind == "hint":

@@ -1,5 +1,6 @@
 """Graphs in which an in-place op writes through a view are functionalised; what evaluation mode makes idle has to survive that."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,9 +13,9 @@ from graphprune.surgery.fallback import edited_graph
 class Filled(nn.Module):
     """A dropout, then a write through a view of a copy of what it returns."""
 
-    def __init__(self):
+    def __init__(self, in_place=False):
         super().__init__()
-        self.up, self.drop, self.down = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+        self.up, self.drop, self.down = nn.Linear(6, 8), nn.Dropout(0.5, in_place), nn.Linear(8, 3)
 
     def forward(self, x):
         hidden = self.up(x)
@@ -23,9 +24,10 @@ class Filled(nn.Module):
         return self.down(held + hidden)
 
 
-def test_a_dropout_survives_and_follows_the_mode():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_dropout_survives_and_follows_the_mode(in_place):
     torch.manual_seed(0)
-    module, x = Filled().eval(), torch.randn(4, 6)
+    module, x = Filled(in_place).eval(), torch.randn(4, 6)
     program = capture_torch(module, (x,))
     (dropout,) = [node for node in program.nodes if node.op_type == "dropout"]
     assert dropout.scope == "drop" and any(node.op_type == "slice_scatter" for node in program.nodes)

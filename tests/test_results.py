@@ -176,6 +176,11 @@ def test_an_edited_graph_keeps_the_dynamic_shapes_of_the_user(tmp_path, height):
     torch.testing.assert_close(gp.load(tmp_path / "out", Pixels())(image), result.module(image))
 
 
+def test_lists_of_dynamic_shapes_stay_lists():
+    shapes = {"images": [{0: torch.export.Dim("batch")}, {0: torch.export.Dim("batch")}], "size": ({1: torch.export.Dim.AUTO}, None)}
+    assert str(_read_shapes(json.loads(json.dumps(_spelled_shapes(shapes))))) == str(shapes)
+
+
 def test_axes_that_depend_on_others_are_not_saved(tmp_path):
     with pytest.raises(InvalidInput, match="dynamic_shapes holds"):
         _spelled_shapes({"x": {0: 2 * torch.export.Dim("half")}})

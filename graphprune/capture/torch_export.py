@@ -81,7 +81,7 @@ def _copied(over: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
 
 def _hold_dropouts(graph: fx.Graph) -> None:
     """Put an op that survives decomposition in the place of every dropout, which does nothing in evaluation mode and would vanish."""
-    for node in [n for n in graph.nodes if n.target is torch.ops.aten.dropout.default]:
+    for node in [n for n in graph.nodes if n.target in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)]:
         if any(user.op == "output" for user in node.users):
             continue  # the signature knows it by name
         with graph.inserting_before(node):
