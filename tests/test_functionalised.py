@@ -32,6 +32,8 @@ def test_a_dropout_survives_and_follows_the_mode(in_place):
     (dropout,) = [node for node in program.nodes if node.op_type == "dropout"]
     assert dropout.scope == "drop" and any(node.op_type == "slice_scatter" for node in program.nodes)
     torch.testing.assert_close(program.source.graph_module(x), module(x))
+    hidden = next(node for node in program.nodes if node.op_type == "linear").outputs[0]
+    assert [node.op_type for node in hidden.uses] == (["dropout"] if in_place else ["dropout", "add"])  # what else reads it is not dropped
     cut = Cut(program.analysis, gp.plan(program, pruning_ratio=0.5, round_to=1).removed)
     graph, _ = edited_graph(module, program, cut, apply_cut(program, cut))
     assert torch.equal(graph.eval()(x), graph(x))

@@ -80,12 +80,15 @@ def _copied(over: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
 
 
 def _hold_dropouts(graph: fx.Graph) -> None:
-    """Put an op that survives decomposition in the place of every dropout, which does nothing in evaluation mode and would vanish."""
+    """Put an op that survives decomposition in the place of every dropout, which does nothing in evaluation mode and would vanish.
+
+    It is held as in training: in evaluation mode it returns its input itself, and whatever else reads that would be taken to read it.
+    """
     for node in [n for n in graph.nodes if n.target in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)]:
         if any(user.op == "output" for user in node.users):
             continue  # the signature knows it by name
         with graph.inserting_before(node):
-            held = graph.call_function(torch.ops.aten.native_dropout.default, node.args, node.kwargs)
+            held = graph.call_function(torch.ops.aten.native_dropout.default, (*node.args[:2], True))
             first = graph.call_function(operator.getitem, (held, 0))
         held.meta, first.meta = {k: v for k, v in node.meta.items() if k != "val"}, dict(node.meta)
         node.replace_all_uses_with(first)
@@ -97,7 +100,7 @@ def _release_dropouts(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for held in [n for n in graph.nodes if n.target is torch.ops.aten.native_dropout.default]:
         for first in [user for user in held.users if user.target is operator.getitem and user.args[1] == 0]:
-            first.target, first.args, first.kwargs = torch.ops.aten.dropout.default, held.args, held.kwargs
+            first.target, first.args, first.kwargs = torch.ops.aten.dropout.default, (*held.args[:2], False), {}
         if not held.users:
             graph.erase_node(held)
     graph_module.recompile()
