@@ -47,6 +47,9 @@ def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         InvalidInput: a name is not that of an open axis, or a size is not positive.
     """
     inputs = [value for value in model.graph.inputs if value.shape is not None]
+    for value in inputs:  # axes without a name are axes of their own
+        named = [d if isinstance(d, int) or d.value else f"axis {i} of {value.name}" for i, d in enumerate(value.shape or ())]
+        value.shape = ir.Shape(named)
     first = {v.name: str(v.shape[0].value) for v in inputs if v.shape and isinstance(v.shape[0], ir.SymbolicDim)}
     known = {str(d.value) for value in inputs for d in value.shape or () if isinstance(d, ir.SymbolicDim)}
     wanted = {first.get(name, name): size for name, size in sizes.items()}

@@ -403,6 +403,19 @@ def test_sizes_name_open_axes(exported, sizes):
         OnnxRuntimeModel(exported[1], sizes=sizes)
 
 
+def test_axes_without_a_name_are_not_one_axis():
+    make = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [make("x", onnx.TensorProto.FLOAT, [None, None])],
+        [make("y", onnx.TensorProto.FLOAT, [None, None])],
+    )  # fmt: skip
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9))
+    onnx_tuning.fix_sizes(model, {"x": 3})
+    assert model.graph.inputs[0].shape[0] == 3 and not isinstance(model.graph.inputs[0].shape[1], int)
+    with pytest.raises(InvalidInput, match=r"gives open axes \(axis 1 of x\) one entry"):
+        onnx_tuning.fix_sizes(model, {"y": 3})
+
+
 def test_sizes_of_the_first_axis_go_by_the_name_of_the_input(exported):
     name = OnnxRuntimeModel(exported[1]).session.get_inputs()[0].name
     run = OnnxRuntimeModel(exported[1], sizes={name: 5})

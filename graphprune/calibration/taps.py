@@ -232,7 +232,7 @@ class Finite:
         InvalidInput: something seen since the last time was not finite.
         """
         seen, self._seen = self._seen, []
-        found = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist() if seen else []
+        found = torch.isfinite(torch.stack([largest.to(seen[0][1].device) for _, largest in seen])).tolist() if seen else []
         for (node, _), good in zip(seen, found):
             if not good:
                 self._refuse(node, "")
