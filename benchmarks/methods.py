@@ -162,8 +162,10 @@ class Cell:
             return ""
         if "left" in given:
             level = f"{given['left']} left"
+        elif "pattern" in given:
+            level = given["pattern"] if given["pattern"] != "unstructured" else str(given["sparsity"])
         else:
-            level = given.get("pattern", f"block {given['sparsity']}") if given.get("pattern") != "unstructured" else str(given["sparsity"])
+            level = f"block {given['sparsity']}"
         return level + ("" if self.data else ", no data")
 
 
