@@ -203,6 +203,10 @@ def bench(
     talk: Talk = Talk(),  # noqa: B008
 ) -> None:
     """Time two models in turns on the CPU: ONNX files by ONNX Runtime, folders by PyTorch."""
+    if widths and crossover is not None:
+        raise InvalidInput("--widths and --crossover are two measurements; ask for one at a time")
+    if device != "cpu" and not widths:
+        raise InvalidInput(f"--device goes with --widths: models are timed on the CPU, kernels on the GPU; found --device {device}")
     if crossover is not None:
         if a is not None or b is not None:
             raise InvalidInput("--crossover measures kernels on random weights and takes no models")

@@ -233,5 +233,8 @@ def test_the_command_prints_the_table_and_keeps_it(store, monkeypatch):
     for arguments, word in ((("--device", "tpu"), "cpu or cuda"), (("a.onnx",), "takes no models")):
         refused = call("bench", "--widths", *arguments)
         assert refused.exit_code == 2 and word in refused.output
+    for given, word in ((("--widths", "--crossover", "64x64"), "one at a time"), (("a.onnx", "b.onnx", "--device", "cuda"), "goes with --widths")):
+        refused = call("bench", *given)
+        assert refused.exit_code == 2 and word in refused.output
     with pytest.raises(InvalidInput, match="found device 'cuda:7'"):
         bench.widths("cuda:7")
