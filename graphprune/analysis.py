@@ -171,6 +171,8 @@ def _layers(program: Program) -> list[Group]:
     found = []
     for branch in branches(program):
         members = tuple(Member(v, 0, Role.CARRIER, lambda v=v: np.arange(v.shape[0])[None]) for v in branch.weights if v.shape)  # type: ignore[misc]
+        if not members:  # a branch whose only weight is one number
+            continue
         first = members[0].tensor.rpartition(".")[0] or members[0].tensor
         found.append(Group(f"{first}:layer", "layer", 1, members, Exactness.EXACT, 0, branch, branch.join.name))
     return found

@@ -223,6 +223,20 @@ def test_parts_that_share_a_path_have_no_name():
         gp.plan(program, remove={"": [0]})
 
 
+def test_a_branch_with_one_number_for_a_weight_is_no_unit():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.gate, self.down = nn.Linear(6, 8), nn.Parameter(torch.tensor(0.5)), nn.Linear(8, 6)
+
+        def forward(self, x):
+            x = self.up(x)
+            return self.down(x + self.gate * x.tanh())
+
+    program = gp.capture(Gated(), torch.randn(2, 6))
+    assert [group.kind for group in program.groups] == ["neuron"] and named_blocks(program) == {}
+
+
 def test_depth_recipes_are_listed():
     assert {"shortgpt", "angular", "blockpruner"} <= RECIPES.keys()
     with pytest.raises(InvalidInput, match="needs calibration_data"):
