@@ -65,11 +65,9 @@ class Levels:
             limits = {"params": model.cost(_kept(candidates, counts)).params * (1 + SLACK)}
         copies = Copies(statistics, [c.group for c in candidates])
         whole = Masked(statistics, tensors=copies)
-        stages = [
-            whole if share >= 1 else Masked(statistics, limit=max(1, round(share * len(whole.batches))), tensors=copies)
-            for share in self.shares
-        ]
-        judges = [Remembered(stage) for stage in stages]
+        counts_of_batches = [max(1, round(min(share, 1) * len(whole.batches))) for share in self.shares]
+        by_count = {n: Remembered(whole.on_first(n)) for n in set(counts_of_batches)}  # stages of equal data know what the other found
+        judges = [by_count[n] for n in counts_of_batches]
         for turn in range(self.rounds):
             ladders, state = [], []
             for c, count, order in zip(candidates, counts, orders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from graphprune.calibration.taps import features_last
 from graphprune.execute.interpreter import run
 from graphprune.program import Value
 from graphprune.surgery.cut import Cut
-from graphprune.verify.masking import run_masked
+from graphprune.verify.masking import masked
 
 Tensors = Callable[[Mapping[str, Iterable[int]]], Mapping[Value, Tensor]]  # candidate -> weights in place of the program's own
 
@@ -48,16 +49,22 @@ class Masked:
 
     def __call__(self, removed: Mapping[str, Iterable[int]]) -> float:
         cut = Cut(self.analysis, removed)
-        tensors = self.tensors(removed) if self.tensors is not None else None
+        network = masked(self.program, cut, torch.float32, self.tensors(removed) if self.tensors is not None else None)
         found = []
         with torch.no_grad():
             for i, (inputs, item) in enumerate(self.batches):
-                outputs = run_masked(self.program, cut, inputs, torch.float32, tensors)
+                outputs = network(inputs)
                 if self.by == "divergence":
                     found.append(divergence(self.dense[i], outputs))
                 else:
                     found.append(float(self._loss(outputs, inputs, item)))
         return math.fsum(found) / len(found)
+
+    def on_first(self, count: int) -> Masked:
+        """The same evaluator on fewer batches."""
+        other = copy(self)
+        other.batches, other.dense = self.batches[:count], self.dense[:count]
+        return other
 
     def _loss(self, outputs: list[Any], inputs: list[Any], item: Any) -> Any:
         return self.statistics.task_loss(structured(self.program, outputs), inputs, item)

@@ -29,6 +29,13 @@ def run_masked(
     tensors: Mapping[Value, torch.Tensor] | None = None,
 ) -> list[Any]:
     """Outputs of the original network with the removed units of `cut` neutralised, at the original shapes."""
+    return masked(program, cut, dtype, tensors)(inputs)
+
+
+def masked(
+    program: Program, cut: Cut, dtype: torch.dtype | None = torch.float64, tensors: Mapping[Value, torch.Tensor] | None = None
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """The same for many inputs: weights are masked once."""
     over = _reduced_axes(cut)
     weights = {
         v: _zeroed(t, _gone(cut, v))
@@ -60,7 +67,7 @@ def run_masked(
             return tuple(_filled_where_undefined(result, gone) for result in compute(args))
         return compute(args)
 
-    return run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
+    return lambda inputs: run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
 
 
 def _reduced_axes(cut: Cut) -> dict[Node, Gone]:
