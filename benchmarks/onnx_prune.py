@@ -49,11 +49,11 @@ def differences(before: Path, after: Path) -> list[str]:
 
 
 BORDERS: dict[str, Callable[[onnx.ModelProto], list]] = {
-    "input": lambda m: [v.name for v in m.graph.input],
+    "input": lambda m: [v.name for v in m.graph.input if v.name not in {it.name for it in m.graph.initializer}],
     "output": lambda m: [v.name for v in m.graph.output],
     "opset": lambda m: [(o.domain, o.version) for o in m.opset_import],
     "metadata": lambda m: [(p.key, p.value) for p in m.metadata_props],
-    "header": lambda m: [("IR", m.ir_version), ("producer", m.producer_name, m.producer_version), ("graph", m.graph.name)],
+    "header": lambda m: [("IR", max(m.ir_version, 4)), ("producer", m.producer_name, m.producer_version), ("graph", m.graph.name)],
 }
 INTEGERS = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
 

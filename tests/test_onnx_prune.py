@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import graphprune as gp
@@ -52,6 +53,23 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     source = network(tmp_path / "in.onnx")
     gp.compile(source, pruning_ratio=0.5, round_to=1).save(tmp_path / "out.onnx")
     return source, tmp_path / "out.onnx"
+
+
+def test_weights_of_old_files_are_no_inputs_any_more(tmp_path: Path) -> None:
+    """Before IR version 4 they had to be, and a runtime cannot fold what may be fed."""
+    old = onnx.load(network(tmp_path / "in.onnx"))
+    old.ir_version = 3
+    old.graph.input.extend(helper.make_tensor_value_info(it.name, it.data_type, it.dims) for it in old.graph.initializer)
+    onnx.save(old, tmp_path / "in.onnx")
+    result = gp.compile(tmp_path / "in.onnx", pruning_ratio=0.5, round_to=1)
+    result.save(tmp_path / "out.onnx")
+    new = onnx.load(tmp_path / "out.onnx")
+    onnx.checker.check_model(new)
+    assert result.certificate.passed and [it.name for it in new.graph.input] == ["x"] and new.ir_version == 4
+    assert len(onnx.load(tmp_path / "in.onnx").graph.input) > 1
+    x = np.ones((2, 3, 4, 4), np.float32)
+    (y,) = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(y, result.module(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_cut_changes(pair: tuple[Path, Path]) -> None:

@@ -130,7 +130,8 @@ def _onnx(path: Path) -> Contents:
     except Exception as error:  # protobuf raises its own kinds
         raise InvalidInput(f"{path} is not a readable ONNX file: {str(error).strip().splitlines()[0]}") from None
     facts = {f"opset {domain or 'ai.onnx'}": str(version) for domain, version in model.opset_imports.items()}
-    facts |= {f"input {v.name}": _type(v) for v in model.graph.inputs} | {f"output {v.name}": _type(v) for v in model.graph.outputs}
+    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    facts |= {f"input {v.name}": _type(v) for v in inputs} | {f"output {v.name}": _type(v) for v in model.graph.outputs}
     facts["nodes"] = str(sum(1 for _ in model.graph.all_nodes()))
     return Contents(found, facts)
 
