@@ -55,10 +55,11 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return source, tmp_path / "out.onnx"
 
 
-def test_weights_of_old_files_are_no_inputs_any_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", (3, 4))
+def test_weights_that_are_all_inputs_are_none_any_more(tmp_path: Path, version: int) -> None:
     """Before IR version 4 they had to be, and a runtime cannot fold what may be fed."""
     old = onnx.load(network(tmp_path / "in.onnx"))
-    old.ir_version = 3
+    old.ir_version = version
     old.graph.input.extend(helper.make_tensor_value_info(it.name, it.data_type, it.dims) for it in old.graph.initializer)
     onnx.save(old, tmp_path / "in.onnx")
     result = gp.compile(tmp_path / "in.onnx", pruning_ratio=0.5, round_to=1)
@@ -70,6 +71,15 @@ def test_weights_of_old_files_are_no_inputs_any_more(tmp_path: Path) -> None:
     x = np.ones((2, 3, 4, 4), np.float32)
     (y,) = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x})
     np.testing.assert_allclose(y, result.module(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_with_a_default_stays_one(tmp_path: Path) -> None:
+    model = onnx.load(network(tmp_path / "in.onnx"))
+    (bias,) = (it for it in model.graph.initializer if it.name == "w3")
+    model.graph.input.append(helper.make_tensor_value_info(bias.name, bias.data_type, bias.dims))
+    onnx.save(model, tmp_path / "in.onnx")
+    gp.compile(tmp_path / "in.onnx", pruning_ratio=0.5, round_to=1).save(tmp_path / "out.onnx")
+    assert [it.name for it in onnx.load(tmp_path / "out.onnx").graph.input] == ["x", "w3"]
 
 
 def test_only_the_cut_changes(pair: tuple[Path, Path]) -> None:

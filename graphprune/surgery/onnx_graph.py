@@ -55,6 +55,7 @@ class _Surgery:
         self.dead_before = set(_dead(self.model.graph))
         self.idle_before = set(_idle_initializers(self.model.graph))
         self._made: dict[tuple, ir.Value] = {}
+        self._new: set[str] = set()  # names of what was made
         self._wanted: dict[tuple[ir.Node, int], tuple[ir.Value | None, np.ndarray, str]] = {}  # operand -> what it was, is to be, is called
         self._moving: dict[ir.Value, bool] = {}
 
@@ -109,6 +110,7 @@ class _Surgery:
             value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             self.model.graph.register_initializer(value)
             self._made[key] = value
+            self._new.add(unique)
         return self._made[key]
 
     # ---- nodes
@@ -246,10 +248,13 @@ class _Surgery:
                     graph.inputs.remove(value)
 
     def seal(self) -> None:
-        """Before IR version 4 weights had to be inputs too, which keeps runtimes from folding and packing them: five times slower."""
-        if self.model.ir_version < 4:
+        """Before IR version 4 all weights had to be inputs too, and some writers keep to that: it keeps runtimes from folding and packing
+        them, and they run several times slower.
+        """
+        inputs = set(self.model.graph.inputs)
+        if all(value in inputs for value in self.model.graph.initializers.values() if value.name not in self._new):
             RemoveInitializersFromInputsPass()(self.model)
-            self.model.ir_version = 4
+            self.model.ir_version = max(self.model.ir_version, 4)
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
