@@ -26,7 +26,7 @@ class Planning:
     min_keep: Annotated[int | None, typer.Option(metavar="N", help="Keep at least so many units of every group.")] = None
     sparsity: Annotated[float | None, typer.Option(metavar="S", help="Zeros inside tensors instead of removed units.")] = None
     pattern: Annotated[str | None, typer.Option(metavar="P", help="Of the zeros: unstructured, 2:4, block:64x64.")] = None
-    repair: Annotated[str | None, typer.Option(metavar="A,B", help="Make up for the loss: bn, bias, least_squares.")] = None
+    repair: Annotated[str | None, typer.Option(metavar="A,B", help="Make up for the loss: bn, bias, removed_mean, least_squares.")] = None
     num_samples: Annotated[int | None, typer.Option(metavar="N", help="How many calibration samples to use.")] = None
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None
 

@@ -82,7 +82,7 @@ def _lost_inputs(program: Program, cut: Cut, pruned: Program) -> dict[Node, Line
     return found
 
 
-def _observed(program: Program, layers: Mapping[Node, LinearMap], data: Any, make: Callable[[], T]) -> list[tuple[LinearMap, T]]:
+def _observed(program: Program, layers: dict[Node, LinearMap], data: Any, make: Callable[[], T]) -> list[tuple[LinearMap, T]]:
     """Statistics of the inputs of every weight once, from the original network."""
     found: dict[Value, Any] = {linear.weight: make() for linear in layers.values()}
     if not found:
