@@ -96,7 +96,7 @@ def _observed(program: Program, layers: dict[Node, LinearMap], data: Any, make: 
     dtype = working_dtype(program)
     for inputs, _ in batches(program, data):
         run(program, inputs, intercept=observe, dtype=dtype)
-    return [(linear, found[linear.weight]) for linear in {linear.weight: linear for linear in reversed(layers.values())}.values()]
+    return [(linear, found[linear.weight]) for linear in {linear.weight: linear for linear in reversed(list(layers.values()))}.values()]
 
 
 def _stays(cut: Cut, linear: LinearMap, device: torch.device) -> Tensor:
