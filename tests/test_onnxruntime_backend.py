@@ -14,7 +14,7 @@ import graphprune as gp
 from graphprune import measure
 from graphprune.backends import onnx_tuning
 from graphprune.backends.base import BACKENDS, check_backend, lower
-from graphprune.backends.onnxruntime import OnnxRuntimeModel, open_session
+from graphprune.backends.onnxruntime import OnnxRuntimeModel, _distance, open_session
 from graphprune.backends.torch import TorchModel
 from graphprune.errors import InvalidInput, MissingExtra, VerificationFailed
 from graphprune.report import Report
@@ -225,6 +225,21 @@ def test_16_bit_models_are_close_and_their_types_are_as_asked(exported, precisio
     error = float((found.float() - expected).abs().max() / expected.abs().max())
     least = 0.0 if keep and precision == "bfloat16" else 1e-6  # before opset 22 Conv has no bfloat16 form, and the file is older
     assert least <= error < 5e-2 and least <= run.error < 5e-2
+
+
+def test_labels_are_compared_entry_by_entry(tmp_path):
+    class Labels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(x).argmax(-1)
+
+    torch.onnx.export(Labels().eval(), (torch.randn(4, 8),), tmp_path / "labels.onnx", dynamo=True, verbose=False)
+    model, x = OnnxRuntimeModel(tmp_path / "labels.onnx", precision="float16", tolerance=0.5), torch.randn(4, 8)
+    assert 0.0 <= model.error <= 0.5 and model(x).dtype == torch.int64
+    assert _distance([torch.tensor([1, 2, 3, 4])], [torch.tensor([1, 2, 3, 5])]) == 0.25
 
 
 def test_a_bound_that_16_bits_do_not_hold_is_an_error_with_the_way_out(exported):
