@@ -37,8 +37,9 @@ def main() -> None:
         return
     import torch
 
+    from graphprune.backends.crossover import random_weight
     from graphprune.backends.gate import measure_kernel
-    from graphprune.backends.triton import FORMATS, random_weight
+    from graphprune.backends.products import FORMATS
 
     kernel = FORMATS[options.kernel]
     rows, columns = map(int, options.shape.split("x"))

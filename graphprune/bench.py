@@ -74,8 +74,8 @@ def crossover(size: str, tokens: Sequence[int], gate: Any = None) -> Crossover:
     Raises:
         InvalidInput: the size cannot be read, or there is no CUDA device.
     """
+    from graphprune.backends.crossover import crossover as measured
     from graphprune.backends.gate import Gate
-    from graphprune.backends.triton import crossover as measured
 
     rows, cross, columns = size.partition("x")
     if not (cross and rows.isdigit() and columns.isdigit()):

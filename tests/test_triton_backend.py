@@ -25,11 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune as gp
 from graphprune import bench
-from graphprune.backends import triton
+from graphprune.backends import products
 from graphprune.backends.base import lower
+from graphprune.backends.crossover import random_weight
 from graphprune.backends.gate import Gate, Measurement, Roof, Table
 from graphprune.backends.kernels import library
-from graphprune.backends.triton import FORMATS, FusedSequential, Product, SparseLinear, random_weight, sparse_module
+from graphprune.backends.products import FORMATS, Product
+from graphprune.backends.triton import FusedSequential, SparseLinear, sparse_module
 from graphprune.errors import InvalidInput
 from graphprune.report import Report, tables
 from tests.randomise import seeded
@@ -285,7 +287,7 @@ def test_what_left_the_device_is_neither_compressed_again_nor_read_by_autocast(m
     result = pruned()
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from another device
     module = lower(result, "triton", force=True, tokens=(1, 64), keep_dense=False)
-    monkeypatch.setattr(triton.Stored, "take", lambda *_: pytest.fail("weights that only moved are compressed again"))
+    monkeypatch.setattr(products.Stored, "take", lambda *_: pytest.fail("weights that only moved are compressed again"))
     x = torch.randn(2, 48)
     with torch.no_grad():
         torch.testing.assert_close(module(x), result.module(x), **CLOSE)
