@@ -79,7 +79,8 @@ def test_an_input_with_a_default_stays_one(tmp_path: Path) -> None:
     model.graph.input.append(helper.make_tensor_value_info(bias.name, bias.data_type, bias.dims))
     onnx.save(model, tmp_path / "in.onnx")
     gp.compile(tmp_path / "in.onnx", pruning_ratio=0.5, round_to=1).save(tmp_path / "out.onnx")
-    assert [it.name for it in onnx.load(tmp_path / "out.onnx").graph.input] == ["x", "w3"]
+    inputs = onnx.load(tmp_path / "out.onnx").graph.input
+    assert [it.name for it in inputs] == ["x", "w3"] and [d.dim_value for d in inputs[1].type.tensor_type.shape.dim] == [4, 2]
 
 
 def test_only_the_cut_changes(pair: tuple[Path, Path]) -> None:

@@ -258,7 +258,7 @@ def test_a_trained_network_is_better_after_repair(norms, ratio, repairs):
 def test_refusals():
     program = program_of("mlp")
     cut = cut_of(program)
-    with pytest.raises(InvalidInput, match="no repair is named 'luck'; known are bn, bias, least_squares"):
+    with pytest.raises(InvalidInput, match="no repair is named 'luck'; known are bn, bias, removed_mean, least_squares"):
         repaired(program, cut, apply_cut(program, cut), ("luck",))
     with pytest.raises(InvalidInput, match="repair 'bias' needs calibration_data; without data only bn works"):
         repaired(program, cut, apply_cut(program, cut), ("bias",))
