@@ -16,7 +16,7 @@ import json
 import lzma
 import math
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,43 @@ def unigram(folder: Path, ids: Tensor) -> float:
     return float((-(counts / counts.sum()).log()[ids[:, 1:]]).mean().exp())
 
 
+def chunked(mixer: Any, u: Tensor) -> Tensor:
+    """What a `Mamba2Mixer` with one group of states computes over whole sequences, as products of matrices that autocast takes to bfloat16.
+
+    With s the running sum of dt A inside a chunk, y_t = C_t . (exp(s_t) h + sum over r <= t of exp(s_t - s_r) B_r dt_r x_r), h the state
+    that enters the chunk (Dao and Gu 2024, arXiv 2405.21060).
+    """
+    batch, length, _ = u.shape
+    heads, inner, states, size = mixer.num_heads, mixer.intermediate_size, mixer.ssm_state_size, mixer.chunk_size
+    gate, mixed, dt = mixer.in_proj(u).split([inner, mixer.conv_dim, heads], -1)
+    taps = mixer.conv1d.weight[:, 0]
+    padded = F.pad(mixed, (0, 0, taps.shape[1] - 1, 0))
+    mixed = F.silu(sum(padded[:, i : i + length] * taps[:, i] for i in range(taps.shape[1])) + mixer.conv1d.bias)
+    x, b, c = mixed.split([inner, states, states], -1)
+    x = x.unflatten(-1, (heads, -1))
+    dt = F.softplus(dt.float() + mixer.dt_bias)
+    b, c = (t.unflatten(1, (-1, size))[:, None] for t in (b, c))  # (batch, 1, chunks, size, states)
+    values = (x * dt[..., None]).unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).to(gate.dtype)  # (batch, heads, chunks, size, channels)
+    sums = (dt * -mixer.A_log.float().exp()).unflatten(1, (-1, size)).permute(0, 3, 1, 2).cumsum(-1)
+    decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(_above(size, 1, u.device), -torch.inf).exp()
+    inside = (c @ b.mT * decay).to(values.dtype) @ values
+    leaving = values.mT @ (b * (sums[..., -1:] - sums).exp()[..., None]).to(values.dtype)  # (batch, heads, chunks, channels, states)
+    ends = sums[..., -1].cumsum(-1)
+    since = (F.pad(ends, (1, -1))[..., :, None] - ends[..., None, :]).masked_fill(_above(ends.shape[-1], 0, u.device), -torch.inf).exp()
+    entering = (since.to(leaving.dtype) @ leaving.flatten(-2)).view_as(leaving)
+    y = inside + (c @ entering.mT) * sums.exp()[..., None]
+    y = y.permute(0, 2, 3, 1, 4).reshape(batch, length, heads, -1) + x * mixer.D[:, None]
+    return mixer.out_proj(mixer.norm(y.flatten(-2), gate))
+
+
+def in_training(mixer: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **given: Any) -> Tensor:
+    return chunked(mixer, hidden_states)
+
+
+def _above(size: int, diagonal: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(diagonal)
+
+
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     body = getattr(model, "model", None) or model.backbone
     hidden = body(input_ids=ids[:, :-1], use_cache=False)[0]
@@ -124,6 +161,9 @@ def train(name: str, seconds: float, device: str, folder: Path = TEXT, smoke: bo
         return loss.detach()
 
     layers = (getattr(model, "model", None) or model.backbone).layers
+    mixers = [layer.mixer for layer in layers if hasattr(layer, "mixer")]
+    for mixer in mixers:
+        mixer.forward = partial(in_training, mixer)
     began = time.perf_counter()
     for group in optimiser.param_groups:
         group["lr"] = 0.0  # the first steps are there to compile
@@ -154,6 +194,8 @@ def train(name: str, seconds: float, device: str, folder: Path = TEXT, smoke: bo
             print(f"{name}: {now - start:5.0f} s, {steps} steps, loss {float(loss):.3f}", flush=True)
     for layer in layers:
         layer._compiled_call_impl = None
+    for mixer in mixers:
+        del mixer.forward
     found = {
         "steps": steps, "tokens": steps * batch * length, "seconds": seconds, "warm_up": round(warm, 1), "compiled": compiled,
         "params": sum(p.numel() for p in model.parameters()), "loss": float(loss),
