@@ -188,13 +188,13 @@ def compositions() -> dict[str, Any]:
     return {**RECIPES, **{recipe.name: recipe for recipe in own}}
 
 
-def cells(models: Sequence[str], names: Sequence[str]) -> list[Cell]:
+def cells(models: Sequence[str], names: Sequence[str], draws: int = len(SEEDS)) -> list[Cell]:
     """What the published order is about comes first, the longest search last."""
     recipes = compositions()
     order = [*ORDERED, tuple(n for n in recipes if not any(n in part for part in (*ORDERED, LAST))), LAST]
     found = [Cell(model, kind) for model in models for kind in ("dense", "sibling") if kind == "dense" or model in SIBLINGS]
     for part in order:
-        for seed in SEEDS:
+        for seed in SEEDS[:draws]:
             for name in part:
                 if (names and name not in names) or (seed and name not in THRICE):
                     continue
@@ -261,7 +261,9 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     }
 
 
-def guarded(cell: Cell, subject: Subject, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+def guarded(
+    cell: Cell, subject: Any, options: argparse.Namespace, limit: float, run: Callable[..., dict[str, Any]] = run
+) -> dict[str, Any]:
     """`run`, with an error or too long a time as a line of the table."""
 
     def stop(signum: int, frame: Any) -> None:
@@ -421,6 +423,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--models", default="decoder,mamba2")
+    parser.add_argument("--at", default="", help='only these levels: 0.5,"85%% left"')
+    parser.add_argument("--draws", type=int, default=len(SEEDS), help="of calibration data, at most")
     parser.add_argument("--weights", type=Path, default=Path("results/weights"), help="of benchmarks.train_small")
     parser.add_argument("--text", type=Path, default=Path("results/text"), help="of benchmarks.text")
     parser.add_argument("--device", default="cpu")
@@ -445,7 +449,8 @@ def main() -> None:
 
     if not options.table:
         print(HEAD, flush=True)
-        fill(cells(options.models.split(","), options.recipes), options, add)
+        wanted = cells(options.models.split(","), options.recipes, options.draws)
+        fill([cell for cell in wanted if not (cell.what and options.at) or cell.what in options.at.split(",")], options, add)
     print(table(rows))
     print(checks(rows))
     sys.stdout.flush()

@@ -42,9 +42,9 @@ def run(ratio: float = 0.2, out: Path | None = None, lines: int = 60, samples: i
     Raises:
         MissingExtra: if the package with the model is not installed.
     """
-    source = _find()
+    source = find_model()
     log.info("drawing text")
-    test, calibration = list(_drawn(lines, seed=2)), [torch.from_numpy(image) for _, image in _drawn(samples, seed=1)]
+    test, calibration = list(drawn(lines, seed=2)), [torch.from_numpy(image) for _, image in drawn(samples, seed=1)]
     batches = [{"x": torch.cat(calibration[start : start + 8])} for start in range(0, samples, 8)]
     log.info("pruning %s, about a minute", MODEL)
     result = api.compile(
@@ -60,7 +60,7 @@ def run(ratio: float = 0.2, out: Path | None = None, lines: int = 60, samples: i
         target = out or Path(folder) / "small.onnx"
         result.save(target)
         log.info("reading %d lines with both models", lines)
-        quality = _error_rate(source, test), _error_rate(target, test)
+        quality = error_rate(source, test), error_rate(target, test)
         log.info("measuring")
         calls = [bench.onnx_call(path, {"x": test[0][1]}) for path in (source, target)]
         times = bench.compare(calls, (MODEL, target.name), "cpu, 1 thread", "onnxruntime", seconds=3)
@@ -74,7 +74,12 @@ def run(ratio: float = 0.2, out: Path | None = None, lines: int = 60, samples: i
     )
 
 
-def _find() -> Path:
+def find_model() -> Path:
+    """The recogniser in the package that is installed.
+
+    Raises:
+        MissingExtra: it is not.
+    """
     spec = importlib.util.find_spec("rapidocr_onnxruntime")
     missing = [name for name in ("onnxruntime", "PIL") if importlib.util.find_spec(name) is None]
     if spec is None or spec.origin is None or missing:
@@ -85,7 +90,7 @@ def _find() -> Path:
     return path
 
 
-def _drawn(count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+def drawn(count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Lines of text and their pictures, (1, 3, HEIGHT, WIDTH) float32 in -1 .. 1, padded with 0 on the right."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -107,7 +112,7 @@ def _drawn(count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
         yield text, image
 
 
-def _error_rate(path: Path, lines: Sequence[tuple[str, np.ndarray]]) -> float:
+def error_rate(path: Path, lines: Sequence[tuple[str, np.ndarray]]) -> float:
     """Edits per character between what was drawn and what a model reads, spaces aside."""
     session = open_session(path)
     alphabet = _alphabet(session)
