@@ -1,7 +1,8 @@
 """How a device runs widths that are no multiples of 8, 16, ...: measured once, kept on disk, and read by plans with round_to="auto".
 
 Measured are pairs of layers around the hidden width that a plan would cut: linear + ReLU + linear for few rows and for many, and a 1 x 1
-convolution + ReLU + a 3 x 3 one. What the times say is in `graphprune.widths`.
+convolution + ReLU + a 3 x 3 one (1 x 1 where the hidden layer is the wider one, as the stream of a residual network is). So a width is
+judged as what one layer gives and as what the next one takes. What the times say is in `graphprune.widths`.
 
 A plan measures by itself only for weights on a GPU, once for a device and library, in a few seconds, and says so. For a CPU it takes what
 `graphprune bench --widths` measured there, else the rule. `GRAPHPRUNE_WIDTHS=rule` keeps to the rule everywhere.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +28,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphprune.backends.onnxruntime import open_session
+from graphprune.backends.onnxruntime import OnnxRuntimeModel, check_device, open_session
 from graphprune.backends.timing import time_calls
 from graphprune.cache import Cache
+from graphprune.errors import GraphPruneError, MissingExtra
 from graphprune.measure import interleaved, threads
 from graphprune.program import Program
 from graphprune.widths import BLOCK, RULE, Costs, Sample, Widths, relative_costs, widths_of_sample
 
 log = logging.getLogger("graphprune")
 
-VERSION = 1  # of what is measured
+VERSION = 2  # of what is measured
 SWITCH = "GRAPHPRUNE_WIDTHS"
-SECONDS = {"cuda": 2.5, "cpu": 4.0}  # at most, for one backend and type; a network that was begun is finished
+SECONDS = {"cuda": 6.0, "cpu": 4.0}  # at most, for one backend and type; a network that was begun is finished
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MEASURED: Mapping[tuple[str, str], tuple[torch.dtype, ...]] = {  # (backend, device) -> types that are measured
     ("torch", "cuda"): tuple(NAMES),
     ("torch", "cpu"): (torch.float32,),
+    ("onnxruntime", "cuda"): (torch.float32, torch.float16),
     ("onnxruntime", "cpu"): (torch.float32,),
 }
 # (width around the hidden one, rows or pixels of a side, hidden width, units wanted): awkward widths, as ratios leave them
 LINEAR = {
     "cpu": ((256, 64, 512, 359), (256, 1, 1024, 717), (256, 64, 256, 179), (256, 1, 512, 307)),
-    "cuda": ((1024, 2048, 2048, 1435), (1024, 16, 2048, 1435), (1024, 2048, 1024, 717), (1024, 16, 3072, 2099), (1024, 2048, 512, 359)),
-}
+    "cuda": (
+        (1024, 2048, 2048, 1435), (1024, 16, 2048, 1229), (1024, 2048, 1024, 717), (1024, 16, 3072, 2099), (1024, 2048, 512, 359),
+        (2048, 4096, 8192, 5735), (1024, 8192, 3072, 2151),
+    ),
+}  # fmt: skip
 CONVOLUTION = {
     "cpu": ((64, 28, 128, 90), (128, 14, 256, 179), (64, 28, 64, 45), (128, 14, 256, 205)),
-    "cuda": ((256, 28, 256, 179), (128, 56, 128, 90), (512, 14, 512, 359), (256, 28, 256, 205), (64, 56, 64, 45)),
-}
-BATCH = {"cpu": 1, "cuda": 16}  # of images
+    "cuda": (
+        (1024, 14, 256, 179), (512, 28, 128, 90), (2048, 7, 512, 359), (256, 14, 1024, 717), (256, 56, 64, 45), (512, 7, 2048, 1435),
+        (64, 56, 256, 154), (128, 28, 512, 308), (512, 28, 128, 77), (256, 56, 64, 36),
+    ),
+}  # fmt: skip
+BATCH = {"cpu": 1, "cuda": 32}  # of images
+REPEATED = {"cpu": 1, "cuda": 4}  # how often ONNX Runtime runs a pair in one call, so that the call itself is a small part
 
 Call = Callable[[], Any]
 Times = Callable[[Mapping[int, Call]], dict[int, float]]
@@ -63,42 +74,61 @@ Times = Callable[[Mapping[int, Call]], dict[int, float]]
 
 
 def torch_call(convolution: bool, outer: int, size: int, width: int, device: str, dtype: torch.dtype) -> Call:
-    """A pair of layers with a hidden layer of `width`, by torch."""
+    """A pair of layers with a hidden layer of `width`, by torch; half precision on a GPU in the layout that convolutions run fastest in."""
+    last = convolution and device == "cuda" and dtype is not torch.float32
+    layout = torch.channels_last if last else torch.contiguous_format
 
     def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype) / 16
+        return (torch.randn(shape, device=device, dtype=dtype) / 16).contiguous(memory_format=layout)
 
     if convolution:
-        x, a, b = tensor(BATCH[device], outer, size, size), tensor(width, outer, 1, 1), tensor(outer, width, 3, 3)
-        return lambda: F.conv2d(F.relu(F.conv2d(x, a)), b, padding=1)
+        kernel = _kernel(outer, width)
+        x, a, b = tensor(BATCH[device], outer, size, size), tensor(width, outer, 1, 1), tensor(outer, width, kernel, kernel)
+        return lambda: F.conv2d(F.relu(F.conv2d(x, a)), b, padding=kernel // 2)
     x, a, b = tensor(size, outer), tensor(width, outer), tensor(outer, width)
     return lambda: F.linear(F.relu(F.linear(x, a)), b)
 
 
-def onnx_call(convolution: bool, outer: int, size: int, width: int) -> Call:
-    """The same as an ONNX file, by ONNX Runtime on one thread of the CPU."""
-    random = np.random.default_rng(0)
+def _kernel(outer: int, width: int) -> int:
+    return 3 if width < outer else 1
+
+
+def onnx_call(convolution: bool, outer: int, size: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
+    """The same as an ONNX file, by ONNX Runtime: on one thread of the CPU, or as a CUDA graph of several such pairs in a row."""
+    random, kind = np.random.default_rng(0), ir.DataType.FLOAT16 if dtype is torch.float16 else ir.DataType.FLOAT
 
     def array(*shape: int) -> np.ndarray:
-        return (random.standard_normal(shape) / 16).astype(np.float32)
+        return (random.standard_normal(shape) / 16).astype(kind.numpy())
 
     def weight(name: str, *shape: int) -> ir.Value:
         return ir.Value(name=name, const_value=ir.tensor(array(*shape), name=name))
 
     if convolution:
-        x, a, b = array(1, outer, size, size), weight("a", width, outer, 1, 1), weight("b", outer, width, 3, 3)
+        kernel = _kernel(outer, width)
+        shape, a, b = (BATCH[device], outer, size, size), weight("a", width, outer, 1, 1), weight("b", outer, width, kernel, kernel)
     else:
-        x, a, b = array(size, outer), weight("a", outer, width), weight("b", width, outer)
+        kernel, shape, a, b = 1, (size, outer), weight("a", outer, width), weight("b", width, outer)
     op = "Conv" if convolution else "MatMul"
-    given = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
-    one = ir.node(op, [given, a])
-    two = ir.node("Relu", [one.outputs[0]])
-    three = ir.node(op, [two.outputs[0], b], attributes={"pads": [1, 1, 1, 1]} if convolution else {})
-    out = three.outputs[0]
-    out.name, out.type = "y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([given], [out], nodes=[one, two, three], initializers=[a, b], opset_imports={"": 17}, name="widths")
-    session = open_session(ir.Model(graph, ir_version=8))
-    return lambda: session.run(None, {"x": x})
+    given = out = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(shape))
+    nodes: list[ir.Node] = []
+    for _ in range(REPEATED[device]):
+        one = ir.node(op, [out, a])
+        two = ir.node("Relu", [one.outputs[0]])
+        three = ir.node(op, [two.outputs[0], b], attributes={"pads": [kernel // 2] * 4} if convolution else {})
+        nodes += [one, two, three]
+        out = three.outputs[0]
+    out.name, out.type, out.shape = "y", ir.TensorType(kind), given.shape
+    model = ir.Model(ir.Graph([given], [out], nodes=nodes, initializers=[a, b], opset_imports={"": 17}, name="widths"), ir_version=8)
+    if device == "cpu":
+        session, x = open_session(model), array(*shape)
+        return lambda: session.run(None, {"x": x})
+    runner = OnnxRuntimeModel(model, device=_current(), cuda_graph=True)
+    captured = runner.capture(torch.from_numpy(array(*shape)))
+    return lambda: runner.launch(captured)
+
+
+def _current() -> str:
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def _cpu_times(calls: Mapping[int, Call]) -> dict[int, float]:
@@ -112,19 +142,28 @@ def _cuda_times(calls: Mapping[int, Call]) -> dict[int, float]:
     return {width: time_calls([call], repeats=9, rounds=4).low for width, call in calls.items()}
 
 
+def _graph_times(calls: Mapping[int, Call]) -> dict[int, float]:
+    """Of calls that launch a CUDA graph themselves."""
+    found = interleaved({str(width): call for width, call in calls.items()}, warmup=2, repeats=15, device="cuda")
+    return {width: found[str(width)].p10 for width in calls}
+
+
 def probe(backend: str, dtype: torch.dtype, device: str, times: Times | None = None, seconds: float | None = None) -> Costs:
     """Measure a device, "cpu" or "cuda": what each multiple costs."""
-    clock = times or (_cuda_times if device == "cuda" else _cpu_times)
-    make = onnx_call if backend == "onnxruntime" else partial(torch_call, device=device, dtype=dtype)
+    runtime = backend == "onnxruntime"
+    clock = times or (_cpu_times if device == "cpu" else _graph_times if runtime else _cuda_times)
+    make = partial(onnx_call if runtime else torch_call, device=device, dtype=dtype)
     with torch.no_grad():
         for convolution in (False, True):  # libraries load on their first call
             make(convolution, 16, 16, 16)()
     end = time.perf_counter() + (SECONDS[device] if seconds is None else seconds)
     samples: dict[bool, list[Sample]] = {False: [], True: []}
-    for pair in zip(LINEAR[device], CONVOLUTION[device]):
-        for convolution, (outer, size, hidden, wanted) in zip((False, True), pair):
-            calls = {width: make(convolution, outer, size, width) for width in widths_of_sample(hidden, wanted)}
-            samples[convolution].append(Sample(hidden, wanted, clock(calls)))
+    for pair in zip_longest(LINEAR[device], CONVOLUTION[device]):
+        for convolution, sample in zip((False, True), pair):
+            if sample is not None:
+                outer, size, hidden, wanted = sample
+                calls = {width: make(convolution, outer, size, width) for width in widths_of_sample(hidden, wanted)}
+                samples[convolution].append(Sample(hidden, wanted, clock(calls)))
         if time.perf_counter() > end:
             break
     return Costs(relative_costs(samples[False]), relative_costs(samples[True]))
@@ -192,13 +231,16 @@ def widths_of(program: Program, backend: str = "torch", device: Any = None, meas
     if not tensors:
         return rule
     main = max(tensors, key=lambda tensor: tensor.numel())
-    place = torch.device(device or "cpu").type if runtime else main.device.type
+    where = torch.device(device or "cpu") if runtime else main.device
+    place = where.type
     name = "onnxruntime" if runtime else "torch"
     if main.dtype not in MEASURED.get((name, place), ()):
         return replace(rule, source=f"by rule (nothing is measured for {name} on {place} in {str(main.dtype).removeprefix('torch.')})")
     # float32 weights on a GPU are often run in half precision, by autocast or later on: the plan has to suit both
     types = (main.dtype, torch.float16) if place == "cuda" and main.dtype is torch.float32 else (main.dtype,)
-    with torch.cuda.device(main.device) if place == "cuda" else nullcontext():
+    if not available(name, place):
+        return replace(rule, source=f"by rule ({name} does not run on {place} here)")
+    with torch.cuda.device(where) if place == "cuda" else nullcontext():
         costs = [_costs(name, dtype, place, measure, root) for dtype in types]
         found = [it for it in costs if it is not None]
         if len(found) < len(costs):
@@ -206,18 +248,25 @@ def widths_of(program: Program, backend: str = "torch", device: Any = None, meas
         return Widths.measured(found, f"measured on {device_name(place)}, {name}, {' and '.join(NAMES[dtype] for dtype in types)}")
 
 
-def _costs(backend: str, dtype: torch.dtype, device: str, measure: bool, root: Path | None) -> Costs | None:
+def available(backend: str, device: str) -> bool:
+    """Whether what is installed runs there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return False
     if backend == "onnxruntime":
         try:
-            import onnxruntime  # noqa: F401
-        except ImportError:
-            return None
+            check_device(device)
+        except MissingExtra:
+            return False
+    return True
+
+
+def _costs(backend: str, dtype: torch.dtype, device: str, measure: bool, root: Path | None) -> Costs | None:
     found = table(backend, device, root).get(_key(backend, dtype))
     if found is None and measure and device == "cuda":
         where = table(backend, device, root).folder
         log.warning("measuring once which widths suit %s in %s; kept in %s", device_name(device), NAMES[dtype], where)
         try:
             found = measured(backend, dtype, device, again=True, root=root)
-        except RuntimeError as problem:  # memory is short, or the device is in use by a graph that is being captured
+        except (RuntimeError, GraphPruneError) as problem:  # memory is short, or the device is in use by a graph that is being captured
             log.warning("it cannot be measured, the rule is kept: %s", str(problem).strip().splitlines()[0])
     return found

@@ -1,13 +1,16 @@
-"""Structured pruning on a GPU: is what was cut really faster, and how much of the roofline's speed-up arrives?
+"""Structured pruning on a GPU: is what was cut really faster, how much of the roofline's speed-up arrives, and what takes the rest?
 
     python -m benchmarks.gpu_structured [--backends ort,ort_nhwc,compile,eager] [--networks resnet50,bert_base] [--seconds 500] [--json FILE]
+    python -m benchmarks.gpu_structured --cases resnet50@64,llama_8x2048@1 --rounding auto,8    # in this order
     python -m benchmarks.gpu_structured --smoke     # tiny networks on the CPU: does all of it run?
 
 For each network (random weights, fp16) dense and at ratio 0.3 and 0.5: the certificate of the cut in float64, the module and the ONNX file
 that `result.save` writes (dense by the same path); then, backend by backend, the error against the float64 module, and only then the time:
 dense and pruned in turns, median, launched by a CUDA graph. ONNX Runtime: fused, sizes fixed, I/O binding. It waits for each replay, so
-its times hold that of an empty graph, which is printed first.
-Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted.
+its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms.
+Rounding "auto" keeps multiples of what this GPU was measured to run well in fp16 by the library at hand, before anything is cut.
+Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted. With the
+floor, no node takes less than a kernel in a CUDA graph does, nor do the kernels that a profile finds besides those of the nodes.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,13 +33,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.widths import RULE, Widths
+
 with contextlib.suppress(ImportError):  # the CPU build of torchvision needs two operators declared before its import
     import tests.torchvision_ops  # noqa: F401
 
 RATIOS = (0.0, 0.3, 0.5)
 PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense fp16 FLOP/s
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
-BACKENDS = ("ort", "ort_nhwc", "compile", "eager")
+BACKENDS = ("compile", "compile+search", "ort", "ort_nhwc", "ort_nhwc+search", "eager")  # by default without search
+CONVOLUTIONAL = ("resnet50", "convnext_tiny", "resnet18")
+KINDS = {  # of kernels, by what their names hold
+    "products": ("gemm", "conv", "cutlass", "xmma", "nvjet", "cudnn", "fmha", "flash", "attention", "wgrad", "fprop", "implicit"),
+    "layout": ("nchwtonhwc", "nhwctonchw", "transpose", "permute"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,18 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What is taken from a network, and in which steps."""
+
+    ratio: float
+    rounding: str = ""  # "auto", or a number
+    library: str = "torch"  # whose measured widths "auto" means
+
+    def __str__(self) -> str:
+        return f"{self.ratio} by {self.rounding}" if self.ratio else "0.0"
+
+
+@dataclass(frozen=True)
 class Variant:
     """A network at one ratio, ready to be run."""
 
@@ -122,18 +145,22 @@ class Variant:
     certificate: str
     macs: float  # left
     work: tuple[Work, ...]  # of the nodes that multiply; elementwise nodes are fused into their neighbours
+    kept: str  # widths before and after
 
     def module(self) -> nn.Module:
         return torch.load(self.folder / "module.pt", weights_only=False)  # written by `prepare` just now
 
-    def seconds(self, batch: int, bandwidth: float, peak: float) -> float:
-        return sum(work.seconds(batch, bandwidth, peak) for work in self.work)
+    def seconds(self, batch: int, peaks: tuple[float, float], floor: float = 0.0, kernels: int = 0) -> float:
+        """No node takes less than the floor, nor does a kernel that is none of a node."""
+        others = max(0, kernels - len(self.work)) if floor else 0
+        return sum(max(floor, work.seconds(batch, *peaks)) for work in self.work) + floor * others
 
 
-def prepare(name: str, ratio: float, folder: Path, threads: int) -> Variant:
+def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads: int) -> Variant:
     """Cut, certify, save and export; runs in a process of its own, on the CPU."""
     import graphprune as gp
     from graphprune.costs import macs
+    from graphprune.planning import make_plan
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -144,11 +171,15 @@ def prepare(name: str, ratio: float, folder: Path, threads: int) -> Variant:
             if parameter.abs().max() < 1e-3:  # zero-initialised heads and layer scales hide every cut from its certificate
                 nn.init.normal_(parameter, std=0.02 if parameter.dim() == 1 else 0.2)
     few = network.inputs(2, 16 if network.ids else None)
-    result = gp.compile(module, few, pruning_ratio=ratio, progress=False)
+    program = gp.capture(module, few)
+    if isinstance(widths, int):
+        plan = make_plan(program, pruning_ratio=ratio, round_to=widths)
+    else:
+        plan = make_plan(program, pruning_ratio=ratio, widths=widths)
+    result = gp.apply(program, plan)
     if ratio:
         assert result.certificate is not None and result.certificate.passed, f"{name} at {ratio}: {result.certificate}"
-    folder = folder / f"{name}_{ratio}"
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}_{ratio}_", dir=folder))
     result.save(folder / "model.onnx")
     torch.save(result.module, folder / "module.pt")
     program = gp.capture(result.module, network.inputs(2))
@@ -158,19 +189,45 @@ def prepare(name: str, ratio: float, folder: Path, threads: int) -> Variant:
             values = [v for v in dict.fromkeys((*node.inputs, *node.outputs)) if v.shape is not None]
             weights = sum(v.tensor.numel() for v in values if v.tensor is not None)
             work.append(Work(weights, sum(torch.Size(v.shape).numel() for v in values if v.tensor is None) / 2, flops / 2))
-    kept = (result.report.after.macs or 0) / (result.report.before.macs or 1)
-    return Variant(folder, f"{result.certificate.error:.0e}" if ratio else "-", kept, tuple(work))
+    left = (result.report.after.macs or 0) / (result.report.before.macs or 1)
+    widths_kept = Counter((entry.size, entry.size - len(entry.removed)) for entry in plan.entries.values())
+    kept = ", ".join(f"{before}->{after}" + (f" (x{n})" if n > 1 else "") for (before, after), n in sorted(widths_kept.items()))
+    return Variant(folder, f"{result.certificate.error:.0e}" if ratio else "-", left, tuple(work), kept)
+
+
+def narrowed(source: Path, shape: Sequence[int]) -> tuple[Path, dict[str, int]]:
+    """The ONNX file ready for ONNX Runtime in fp16 at these sizes, as `OnnxRuntimeModel` makes it; in a process of its own."""
+    import onnx_ir as ir
+
+    from graphprune.backends import onnx_tuning
+
+    torch.set_num_threads(1)
+    model = ir.load(source)
+    onnx_tuning.fix_sizes(model, sizes(model, shape))
+    fused = onnx_tuning.fuse(model)
+    onnx_tuning.narrow(model, "float16", keep_io=False)
+    file = source.with_name(f"narrowed_{'x'.join(map(str, shape))}.onnx")
+    ir.save(model, file, external_data=f"{file.name}.data")
+    return file, fused
+
+
+def sizes(model: Any, shape: Sequence[int]) -> dict[str, int]:
+    """What the open axes of the first input get."""
+    return {str(axis.value): size for axis, size in zip(model.graph.inputs[0].shape, shape) if not isinstance(axis, int)}
 
 
 class Runner:
     """Opens a variant on a backend: the outputs for its data, and a call that launches it once more on the same data."""
 
     def __init__(self, backend: str, device: str) -> None:
-        self.backend, self.device = backend, device
+        self.backend, _, search = backend.partition("+")
+        self.search, self.device = bool(search), device
 
-    def open(self, variant: Variant, data: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> tuple[torch.Tensor, Callable[[], Any]]:
         if self.backend.startswith("ort"):
-            return self._onnxruntime(variant, data)
+            assert file is not None
+            return self._onnxruntime(variant, data, *file)
+        torch.backends.cudnn.benchmark = self.search
         data = data.half() if data.is_floating_point() else data
         module = variant.module().eval().to(self.device).half()
         call = module
@@ -186,19 +243,25 @@ class Runner:
         graph = capture([lambda: call(data)])
         return found, graph.replay
 
-    def _onnxruntime(self, variant: Variant, data: torch.Tensor) -> tuple[torch.Tensor, Callable[[], Any]]:
+    def _onnxruntime(self, variant: Variant, data: torch.Tensor, file: Path, fused: Mapping[str, int]) -> tuple[torch.Tensor, Callable[[], Any]]:
         import onnx_ir as ir
 
-        from graphprune.backends.onnxruntime import OnnxRuntimeModel
+        from graphprune.backends.onnxruntime import NO_KERNEL, OnnxRuntimeModel
+        from graphprune.errors import InvalidInput
 
-        options: dict[str, Any] = {"device": self.device, "precision": "float16", "fuse": True, "keep_io_types": False, "check": False}
+        options: dict[str, Any] = {"device": self.device}
         if self.device == "cuda":
-            chosen = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": str(int(self.backend == "ort_nhwc"))}
+            chosen = {"cudnn_conv_algo_search": "EXHAUSTIVE" if self.search else "HEURISTIC", "prefer_nhwc": str(int(self.backend == "ort_nhwc"))}
             options |= {"cuda_graph": True, "provider_options": chosen}
-        shape = ir.load(variant.folder / "model.onnx").graph.inputs[0].shape
-        sizes = {str(axis.value): size for axis, size in zip(shape, data.shape) if isinstance(axis, ir.SymbolicDim)}
-        model = OnnxRuntimeModel(variant.folder / "model.onnx", sizes=sizes, **options)
-        print(f"    {self.backend} fused: {', '.join(f'{n} {op}' for op, n in model.fused.items()) or 'nothing'}", flush=True)
+        try:
+            model = OnnxRuntimeModel(file, **options)
+        except InvalidInput as problem:
+            if NO_KERNEL.search(str(problem)) is None:
+                raise
+            wide = variant.folder / "model.onnx"  # with the operator that has no 16-bit kernel here left in float32
+            given = sizes(ir.load(wide), data.shape)
+            model = OnnxRuntimeModel(wide, sizes=given, precision="float16", fuse=True, keep_io_types=False, check=False, **options)
+        print(f"    {self.backend} fused: {', '.join(f'{n} {op}' for op, n in fused.items()) or 'nothing'}", flush=True)
         if self.device == "cpu":
             return first(model(data)), lambda: model(data)
         captured = model.capture(data)
@@ -260,54 +323,179 @@ def empty_graph(device: str) -> float:
     return in_turns({0: lambda: model.launch(captured)}, device)[0]
 
 
+def floor_of_a_kernel() -> float:
+    """Milliseconds from one tiny kernel of a CUDA graph to the next that waits for it."""
+    from graphprune.backends.timing import time_calls
+
+    x = torch.zeros(32, device="cuda")
+    return time_calls([lambda: x.add_(1)], rounds=500).median / 1e3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The kernels of one launch; milliseconds."""
+
+    kernels: int
+    short: int  # those that take less than the floor
+    busy: float  # sum of what all take by themselves
+    by_kind: Mapping[str, float]
+    longest: tuple[tuple[str, int, float], ...]  # name, how many, sum
+
+
+def profile(launch: Callable[[], Any], floor: float, repeats: int = 5) -> Profile:
+    """What a launch does on the GPU, whoever launches it."""
+    launch()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found, torch.no_grad():
+        for _ in range(repeats):
+            launch()
+        torch.cuda.synchronize()
+    events = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    return summary([(e.name, e.time_range.elapsed_us() / 1e3) for e in events], floor, repeats)
+
+
+def summary(events: Sequence[tuple[str, float]], floor: float, repeats: int) -> Profile:
+    by_kind, names = dict.fromkeys((*KINDS, "other"), 0.0), Counter[str]()
+    times: dict[str, float] = {}
+    for name, ms in events:
+        by_kind[kind_of(name)] += ms / repeats
+        names[name] += 1
+        times[name] = times.get(name, 0.0) + ms / repeats
+    longest = tuple((name, round(names[name] / repeats), times[name]) for name in sorted(times, key=lambda it: -times[it])[:6])
+    short = sum(ms < floor for _, ms in events)
+    return Profile(round(len(events) / repeats), round(short / repeats), sum(times.values()), by_kind, longest)
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    layout = any(word in name for word in KINDS["layout"])  # cuDNN names its transposes after itself
+    if layout or name.startswith("triton"):  # inductor's are named after all that they fused
+        return "layout" if layout and not name.startswith("triton") else "other"
+    return "products" if any(word in name for word in KINDS["products"]) else "other"
+
+
 @dataclass(frozen=True)
 class Row:
     network: str
     backend: str
     batch: int
     ratio: float
+    rounding: str
     certificate: str
     error: float  # of the backend against the float64 module
     macs: float  # left
     predicted: float  # speed-up
+    floored: float  # the same where no kernel is shorter than the floor; 0 without a profile
     ms: float
     speedup: float
+    profile: Profile | None
 
     @property
     def share(self) -> float:
         return self.speedup / self.predicted
 
+    @property
+    def cut(self) -> str:
+        return f"{self.ratio} by {self.rounding}" if self.ratio else "0.0"
 
-def measure(name: str, variants: Mapping[float, Variant], backend: str, batch: int, device: str, peaks: tuple[float, float]) -> list[Row]:
-    """Errors first; a variant that is wrong is an error, not a time."""
-    data = (NETWORKS | SMOKE)[name].inputs(batch).to(device)
-    launches, errors, runner = {}, {}, Runner(backend, device)
-    for ratio, variant in variants.items():
-        reference = expected(variant, data, device)
-        found, launches[ratio] = runner.open(variant, data)
-        errors[ratio] = float((found.double() - reference).abs().max() / reference.abs().max())
-        del reference, found
-        if not errors[ratio] <= WRONG:
-            raise ArithmeticError(f"ratio {ratio}: error {errors[ratio]:.1e} against the float64 module")
-    times = in_turns(launches, device)
-    bounds = {ratio: variant.seconds(batch, *peaks) for ratio, variant in variants.items()}
-    return [
-        Row(name, backend, batch, ratio, v.certificate, errors[ratio], v.macs, bounds[0.0] / bounds[ratio], times[ratio], times[0.0] / times[ratio])
-        for ratio, v in variants.items()
-    ]
+
+@dataclass(frozen=True)
+class Bench:
+    """Where rows are measured."""
+
+    device: str
+    peaks: tuple[float, float]
+    floor: float  # ms; 0 where no profile can be taken
+
+    def measure(self, name: str, variants: Mapping[Cut, Variant], files: Mapping[Cut, Any], backend: str, batch: int) -> Iterator[Row]:
+        """Errors first; a variant that is wrong is an error, not a time."""
+        data = (NETWORKS | SMOKE)[name].inputs(batch).to(self.device)
+        launches, errors, runner = {}, {}, Runner(backend, self.device)
+        for cut, variant in variants.items():
+            try:
+                found, launch = runner.open(variant, data, files.get(cut))
+                reference = expected(variant, data, self.device)
+                errors[cut] = float((found.double() - reference).abs().max() / reference.abs().max())
+                if not errors[cut] <= WRONG:
+                    raise ArithmeticError(f"error {errors[cut]:.1e} against the float64 module")
+            except Exception as problem:  # the others are still worth having
+                if not cut.ratio:
+                    raise
+                print(f"{name} {backend} batch {batch} ratio {cut}: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
+                continue
+            launches[cut] = launch
+            del reference, found
+        times = in_turns(launches, self.device)
+        profiles = {cut: self._profile(launch) for cut, launch in launches.items()}
+        dense = next(cut for cut in launches if not cut.ratio)
+
+        def seconds(cut: Cut, floor: float = 0.0) -> float:
+            found = profiles[cut]
+            return variants[cut].seconds(batch, self.peaks, floor, found.kernels if found else 0)
+
+        for cut in launches:
+            v, floor = variants[cut], self.floor / 1e3
+            floored = seconds(dense, floor) / seconds(cut, floor) if profiles[cut] and profiles[dense] else 0.0
+            yield Row(
+                name, backend, batch, cut.ratio, cut.rounding, v.certificate, errors[cut], v.macs, seconds(dense) / seconds(cut), floored,
+                times[cut], times[dense] / times[cut], profiles[cut],
+            )  # fmt: skip
+
+    def _profile(self, launch: Callable[[], Any]) -> Profile | None:
+        if not self.floor:
+            return None
+        found = profile(launch, self.floor)
+        return found if found.kernels else None
 
 
 def show(rows: list[Row]) -> None:
-    """All backends side by side: speed-up, and its share of the prediction."""
+    """All backends side by side: speed-up, and its share of the prediction; then what the launches were made of."""
     names = [b for b in BACKENDS if any(row.backend == b for row in rows)]
     print("\n| network | ratio | batch | MACs left | predicted |" + "".join(f" {b} ms | x | share |" for b in names))
     print("|---" * (5 + 3 * len(names)) + "|")
-    for key in dict.fromkeys((row.network, row.ratio, row.batch) for row in rows):
-        mine = {row.backend: row for row in rows if (row.network, row.ratio, row.batch) == key}
+    for key in dict.fromkeys((row.network, row.cut, row.batch) for row in rows):
+        mine = {row.backend: row for row in rows if (row.network, row.cut, row.batch) == key}
         some = next(iter(mine.values()))
         cells = [f" {r.ms:.3f} | {r.speedup:.2f} | {r.share:.0%} |" if (r := mine.get(b)) else " | | |" for b in names]
-        print(f"| {some.network} | {some.ratio} | {some.batch} | {some.macs:.2f} | {some.predicted:.2f} |" + "".join(cells))
+        print(f"| {some.network} | {some.cut} | {some.batch} | {some.macs:.2f} | {some.predicted:.2f} |" + "".join(cells))
+    profiled = [(row, row.profile) for row in rows if row.profile]
+    if profiled:
+        print("\n| network | backend | batch | ratio | kernels | below the floor | ms | busy | products | layout | other | predicted | with floor | measured |")
+        print("|---" * 14 + "|")
+    for row, found in profiled:
+        kinds = " | ".join(f"{found.by_kind[kind]:.3f}" for kind in (*KINDS, "other"))
+        speed = f"{row.predicted:.2f} | {row.floored:.2f} | {row.speedup:.2f}"
+        what = f"{row.network} | {row.backend} | {row.batch} | {row.cut}"
+        print(f"| {what} | {found.kernels} | {found.short} | {row.ms:.3f} | {found.busy:.3f} | {kinds} | {speed} |")
+    for row, found in profiled:
+        if row.batch > 1 and (row.ratio, row.rounding) in ((0.0, ""), (0.3, "auto")):
+            print(f"{row.network} {row.backend} batch {row.batch} ratio {row.cut}, the longest:")
+            for name, count, ms in found.longest:
+                print(f"    {ms:.3f} ms in {count:3} of {name[:150]}")
     print(flush=True)
+
+
+def print_row(row: Row, clock: float) -> None:
+    found = row.profile
+    kinds = f" kernels {found.kernels} ({found.short} short) busy {found.busy:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in found.by_kind.items()) if found else ""
+    print(
+        f"[{clock:4.0f} s] {row.network:14} {row.backend:15} batch {row.batch:3} ratio {row.cut:11} certificate {row.certificate:>5} error {row.error:.0e} "
+        f"MACs {row.macs:.2f} predicted {row.predicted:.2f}x (floor {row.floored:.2f}x) {row.ms:8.3f} ms {row.speedup:.2f}x share {row.share:.0%}{kinds}",
+        flush=True,
+    )
+
+
+def widths_here(library: str, device: str) -> Widths:
+    """What "auto" means for fp16 on this device: measured now, if it was not before."""
+    from graphprune.backends.widths import measured, probe
+
+    try:
+        if device == "cpu":
+            return Widths.measured([probe(library, torch.float32, "cpu", seconds=0)], "measured here")
+        return Widths.measured([measured(library, torch.float16, "cuda")], f"measured here, {library}, float16")
+    except Exception as problem:
+        print(f"widths of {library} cannot be measured: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
+        return RULE
 
 
 def _on_cpu() -> None:
@@ -318,7 +506,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default="")
     parser.add_argument("--batches", default="")
-    parser.add_argument("--backends", default="")
+    parser.add_argument("--cases", default="", help="NETWORK@BATCH,... in this order, in place of networks and batches")
+    parser.add_argument("--backends", default="", help=f"of {', '.join(BACKENDS)}")
+    parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,8, are tried at ratio 0.3")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--json", default="", help="append a line per row")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
@@ -328,49 +518,87 @@ def main() -> None:
     device = "cpu" if options.smoke else "cuda"
     names = options.networks.split(",") if options.networks else list(SMOKE if options.smoke else NETWORKS)
     batches = [int(it) for it in (options.batches or ("1,3" if options.smoke else "64,1")).split(",")]
-    backends = options.backends.split(",") if options.backends else list(BACKENDS)
+    cases = [(name, batch) for name in names for batch in batches]
+    if options.cases:
+        cases = [(name, int(batch)) for name, _, batch in (case.partition("@") for case in options.cases.split(","))]
+    backends = options.backends.split(",") if options.backends else [b for b in BACKENDS if "+" not in b]
     title = "CPU" if options.smoke else torch.cuda.get_device_name()
-    peaks = next((v for k, v in PEAKS.items() if k in title), (2e12, 300e12))
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.workers, get_context("spawn"), _on_cpu) as pool:
-        waiting: dict[tuple[str, float], Future[Variant]] = {
-            (name, ratio): pool.submit(prepare, name, ratio, Path(folder), 2 if not options.smoke else 1) for name in names for ratio in RATIOS
-        }
-        print(f"{title}, fp16, torch {torch.__version__}", flush=True)
-        if any(b.startswith("ort") for b in backends):
-            import onnxruntime
+    bench = Bench(device, next((v for k, v in PEAKS.items() if k in title), (2e12, 300e12)), 0.0 if options.smoke else floor_of_a_kernel())
+    print(f"{title}, fp16, torch {torch.__version__}; a kernel of a CUDA graph takes at least {1e3 * bench.floor:.2f} us", flush=True)
+    libraries = {"onnxruntime" if b.startswith("ort") else "torch" for b in backends}
+    if "onnxruntime" in libraries:
+        import onnxruntime
 
-            print(f"onnxruntime {onnxruntime.__version__}; an empty graph takes {1e3 * empty_graph(device):.1f} us", flush=True)
-        for backend in backends:
-            for name in names:
-                if backend == "ort_nhwc" and (options.smoke or name not in ("resnet50", "convnext_tiny")):
-                    continue  # a layout of convolutions
-                for batch in batches:
-                    if time.monotonic() - start > options.seconds:
-                        print("out of time", flush=True)
-                        break
-                    try:
-                        variants = {ratio: waiting[name, ratio].result() for ratio in RATIOS}
-                        found = measure(name, variants, backend, batch, device, peaks)
-                    except Exception as problem:  # the other rows are still worth having
-                        print(f"{name} {backend} batch {batch}: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
-                        continue
-                    rows += found
-                    for row in found:
-                        print(
-                            f"[{time.monotonic() - start:4.0f} s] {row.network:14} {row.backend:8} batch {row.batch:3} ratio {row.ratio:3} "
-                            f"certificate {row.certificate:>5} error {row.error:.0e} MACs {row.macs:.2f} predicted {row.predicted:.2f}x "
-                            f"{row.ms:8.3f} ms {row.speedup:.2f}x share {row.share:.0%}",
-                            flush=True,
-                        )
-                        if options.json:
-                            with open(options.json, "a") as file:
-                                file.write(json.dumps(asdict(row) | {"share": row.share}) + "\n")
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
+        print(f"onnxruntime {onnxruntime.__version__}; an empty graph takes {1e3 * empty_graph(device):.1f} us", flush=True)
+    roundings = options.rounding.split(",")
+    here = {library: widths_here(library, device) for library in sorted(libraries)} if "auto" in roundings else {}
+    for found in here.values():
+        print(f"[{time.monotonic() - start:4.0f} s] {found}", flush=True)
+    rows: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(64) as waits,
+        ProcessPoolExecutor(options.workers, get_context("spawn"), _on_cpu) as pool,
+    ):  # fmt: skip
+        cutting: dict[Any, Future[Variant]] = {}
+        narrowing: dict[Any, Future[tuple[Path, dict[str, int]]]] = {}
+
+        def variant(name: str, cut: Cut) -> Future[Variant]:
+            widths = int(cut.rounding or 1) if cut.rounding != "auto" else here[cut.library]
+            key = (name, cut.ratio, widths if isinstance(widths, int) else (widths.linear, widths.convolution, widths.narrow))
+            if key not in cutting:
+                cutting[key] = pool.submit(prepare, name, cut.ratio, widths, Path(folder), 1 if options.smoke else 2)
+            return cutting[key]
+
+        def file(name: str, cut: Cut, batch: int) -> Future[tuple[Path, dict[str, int]]]:
+            before = variant(name, cut)
+            if (before, batch) not in narrowing:
+                shape = tuple((NETWORKS | SMOKE)[name].inputs(batch).shape)
+                narrowing[before, batch] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape).result())
+            return narrowing[before, batch]
+
+        def cuts(backend: str) -> list[Cut]:
+            library = "onnxruntime" if backend.startswith("ort") else "torch"
+            first, *others = roundings
+            return [Cut(0.0), *(Cut(ratio, first, library) for ratio in RATIOS if ratio), *(Cut(RATIOS[1], it, library) for it in others)]
+
+        def wanted(name: str, backend: str) -> bool:
+            """Layouts and algorithms are of convolutions; the CPU has neither."""
+            return not ("nhwc" in backend or "+" in backend) or (name in CONVOLUTIONAL and not options.smoke)
+
+        work = [(name, batch, backend) for name, batch in cases for backend in backends if wanted(name, backend)]
+        for name, batch, backend in work:
+            for cut in cuts(backend):
+                variant(name, cut)
+                if backend.startswith("ort"):
+                    file(name, cut, batch)
+        told: set[Path] = set()
+        for name, batch, backend in work:
+            if time.monotonic() - start > options.seconds:
+                print(f"out of time for {name} {backend} batch {batch}", flush=True)
+                continue
+            try:
+                variants = {cut: variant(name, cut).result() for cut in cuts(backend)}
+                files = {cut: file(name, cut, batch).result() for cut in cuts(backend)} if backend.startswith("ort") else {}
+                for cut, made in variants.items():
+                    if cut.ratio and made.folder not in told:
+                        print(f"    {name} {cut} ({cut.library}): {made.kept}", flush=True)
+                        told.add(made.folder)
+                for row in bench.measure(name, variants, files, backend, batch):
+                    rows.append(row)
+                    print_row(row, time.monotonic() - start)
+                    if options.json:
+                        with open(options.json, "a") as log:
+                            log.write(json.dumps(asdict(row) | {"share": row.share}) + "\n")
+            except Exception as problem:  # the other rows are still worth having
+                print(f"{name} {backend} batch {batch}: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
         show(rows)
-        for future in waiting.values():
+        if bench.floor:
+            print(f"a kernel of a CUDA graph takes {1e3 * floor_of_a_kernel():.2f} us after the profiles, {1e3 * bench.floor:.2f} us before them", flush=True)
+        for future in (*cutting.values(), *narrowing.values()):
             future.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

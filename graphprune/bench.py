@@ -101,34 +101,35 @@ class WidthTable:
 
     def __rich__(self) -> ConsoleRenderable:
         cells = [
-            (f"{it['backend']} {it['dtype']}", it["layers"], *(f"{100 * (cost - 1):.0f}%" for cost in it["costs"]), str(it["multiple"]))
+            (
+                f"{it['backend']} {it['dtype']}", f"{it['layers']} {it['size']}", *(f"{100 * (cost - 1):.0f}%" for cost in it["costs"]),
+                str(it["multiple"]),
+            )
             for it in self.rows
-        ]
+        ]  # fmt: skip
         table = tables.grid(("by", "layers", *map(str, MULTIPLES), "auto"), cells)
         how = f"how much slower than the fastest are widths rounded up to multiples of 1 to 64, on {self.device}; auto: within 3 %"
         return tables.stack([table, Text(how)])
 
 
 def widths(device: str) -> WidthTable:
-    """Measure which widths a device runs well, and keep that for round_to="auto": torch in the usual types, ONNX Runtime on a CPU.
+    """Measure which widths a device runs well, and keep that for round_to="auto": torch and ONNX Runtime in the types usual there.
 
     Raises:
         InvalidInput: there is no such device.
     """
-    from importlib.util import find_spec
-
-    from graphprune.backends.widths import MEASURED, NAMES, device_name, measured
+    from graphprune.backends.widths import MEASURED, NAMES, available, device_name, measured
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise InvalidInput(f"widths are measured on cpu or cuda, where torch finds one, found device {device!r}")
     rows = []
     for backend, dtype in ((name, dtype) for (name, place), types in MEASURED.items() if place == device for dtype in types):
-        if find_spec(backend) is None:
+        if not available(backend, device):
             continue
-        costs = measured(backend, dtype, device, again=True)
-        for layers, found in (("linear", costs.linear), ("conv", costs.convolution)):
+        table = measured(backend, dtype, device, again=True)
+        for layers, found in (("linear", table.linear), ("conv", table.convolution)):
             about = {"backend": backend, "dtype": NAMES[dtype], "layers": layers}
-            rows.append({**about, "costs": [round(it, 4) for it in found], "multiple": smallest(found)})
+            rows += [{**about, "size": size, "costs": [round(it, 4) for it in costs], "multiple": smallest(costs)} for size, costs in found]
     return WidthTable(device_name(device), tuple(rows))
 
 

@@ -21,6 +21,7 @@ from graphprune.widths import MULTIPLES, RULE, Costs, Sample, Widths, fitted, ke
 from tests.test_cli import call
 
 FLAT = (1.0,) * 7
+ALL_FLAT = ((512, FLAT),)
 
 
 @pytest.fixture
@@ -63,27 +64,43 @@ def test_the_multiple_that_a_device_needs_is_found(multiple, device):
         samples = [
             Sample(hidden, wanted, where_only(multiple)(widths_of_sample(hidden, wanted))) for _, _, hidden, wanted in rows if hidden >= 4 * multiple
         ]
-        assert smallest(relative_costs(samples)) == multiple
+        assert {smallest(costs) for _, costs in relative_costs(samples)} == {multiple}
 
 
 def test_without_any_gain_single_units_are_kept_and_small_gains_are_not_worth_a_multiple():
     for penalty, expected in ((1.0, 1), (1.02, 1), (1.3, 8)):
         samples = [Sample(hidden, wanted, where_only(8, penalty)(widths_of_sample(hidden, wanted))) for _, _, hidden, wanted in LINEAR["cuda"]]
-        assert smallest(relative_costs(samples)) == expected
+        assert {smallest(costs) for _, costs in relative_costs(samples)} == {expected}
 
 
 def test_costs_are_those_of_the_width_that_a_multiple_leads_to():
     assert widths_of_sample(256, 179) == (179, 180, 184, 192) and kept(256, 179, 64) == 192 and kept(64, 45, 64) == 48
     assert [fitted(64, width) for width in (12, 64, 128, 256, 4096)] == [2, 16, 32, 64, 64] and fitted(8, 3) == fitted(1, 1) == 1
     times = {179: 4.0, 180: 2.0, 184: 2.0, 192: 1.0}
-    assert relative_costs([Sample(256, 179, times)]) == pytest.approx((4, 2, 2, 2, 1, 1, 1))
-    assert relative_costs([Sample(256, 179, times), Sample(256, 179, dict.fromkeys(times, 7.0))]) == pytest.approx((2, 2**0.5, 2**0.5, 2**0.5, 1, 1, 1))
+    ((size, costs),) = relative_costs([Sample(256, 179, times), Sample(256, 179, dict.fromkeys(times, 7.0))])
+    assert size == 256 and costs == pytest.approx((2, 2**0.5, 2**0.5, 2**0.5, 1, 1, 1)), "samples of one size are averaged"
+    same = dict.fromkeys(widths_of_sample(512, 359), 7.0)
+    found = dict(relative_costs([Sample(512, 359, same), Sample(256, 179, times)]))
+    assert found[256][0] == pytest.approx(4 ** (2 / 3)) and found[512][0] == pytest.approx(4 ** (1 / 3)), "those of another size count less"
     assert smallest((1.5, 1.2, 1.02, 1.0, 1.0, 1.1, 1.2)) == 4 and smallest((1.031, 1.029, 1.0, 1.0, 1.0, 1.0, 1.0)) == 2
 
 
 def test_the_coarsest_of_several_types_is_taken():
-    found = Widths.measured([Costs(FLAT, (2, 2, 1, 1, 1, 1, 1)), Costs((2, 1, 1, 1, 1, 1, 1), FLAT)], "measured")
-    assert (found.linear, found.convolution) == (2, 4) and str(found) == "multiples of 2 (linear) and 4 (convolutions), measured"
+    two, four = (2, 1, 1, 1, 1, 1, 1), (2, 2, 1, 1, 1, 1, 1)
+    found = Widths.measured([Costs(ALL_FLAT, ((512, four),)), Costs(((512, two),), ALL_FLAT)], "measured")
+    assert (found.linear, found.convolution) == (((512, 2),), ((512, 4),))
+    assert str(found) == "multiples of 2 (linear) and 4 (convolutions), measured"
+
+
+def test_a_layer_follows_the_size_next_to_its_own():
+    found = Widths(((512, 8), (2048, 64)), ((64, 4),), "measured")
+    assert [found.multiple(False, width) for width in (64, 512, 1000, 1100, 9000)] == [8, 8, 8, 64, 64]
+    assert found.multiple(True, 4096) == 4 and found.coarsest == 64
+    assert str(found) == "multiples of 8 at 512, 64 at 2048 (linear) and 4 (convolutions), measured"
+    finer = found.finer()
+    assert [finer.multiple(False, width) for width in (512, 2048)] == [8, 32] and finer.finer().finer().coarsest == 8
+    (narrow,), (wide,) = linear(512).groups, linear(2048).groups
+    assert rounding(narrow, "auto", found) == 8 and rounding(wide, "auto", found) == 64
 
 
 # ---- what plans do with it
@@ -158,11 +175,11 @@ def test_a_plan_on_a_cpu_reads_the_table_and_never_measures(store, monkeypatch):
     assert widths_of(linear()).source == "by rule (graphprune bench --widths measures this device)" and not list(store.iterdir())
     measured("torch", torch.float32, "cpu", times=where_only(32))
     found = widths_of(linear())
-    assert (found.linear, found.convolution) == (32, 32) and found.source.startswith("measured on ") and found.source.endswith("torch, float32")
+    assert {found.multiple(kind, width) for kind in (False, True) for width in (128, 512)} == {32} and found.source.startswith("measured on ") and found.source.endswith("torch, float32")
     assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [384]
     assert widths_of(linear(), "onnxruntime").linear == 8, "another backend has a table of its own"
     measured("onnxruntime", torch.float32, "cpu", times=where_only(4))
-    assert widths_of(linear(), "onnxruntime").linear == 4
+    assert widths_of(linear(), "onnxruntime").multiple(False, 512) == 4
     assert "nothing is measured for torch on cpu in bfloat16" in widths_of(linear(dtype=torch.bfloat16)).source
     monkeypatch.setenv(backend.SWITCH, "rule")
     assert widths_of(linear()).linear == 8 and "GRAPHPRUNE_WIDTHS=rule" in widths_of(linear()).source
@@ -174,13 +191,14 @@ def test_a_gpu_is_measured_once_and_says_so(store, monkeypatch, caplog):
 
     def stands_in(name, dtype, device, times=None, seconds=None):
         asked.append(dtype)
-        return Costs((2, 2, 2, 2, 1, 1, 1) if dtype is torch.float16 else FLAT, FLAT)
+        return Costs(((512, (2, 2, 2, 2, 1, 1, 1)),) if dtype is torch.float16 else ALL_FLAT, ALL_FLAT)
 
     monkeypatch.setattr(backend, "probe", stands_in)
     monkeypatch.setattr(backend, "device_name", lambda device: "Some GPU")
     found = [backend._costs("torch", dtype, "cuda", measure, None) for measure in (False, True, True) for dtype in (torch.float32, torch.float16)]
     assert found[:2] == [None, None] and asked == [torch.float32, torch.float16]
-    assert Widths.measured(found[2:4], "").linear == 16 and list(found[5].linear) == list(found[3].linear)
+    assert Widths.measured(found[2:4], "").linear == ((512, 16),)
+    assert [tuple(costs) for _, costs in found[5].linear] == [costs for _, costs in found[3].linear]
     assert caplog.text.count("measuring once which widths suit Some GPU") == 2
 
     def busy(*_):
@@ -195,7 +213,7 @@ def test_a_broken_table_is_ignored_with_a_message(store, caplog, damage):
     measured("torch", torch.float32, "cpu", times=where_only(64))
     (file,) = table("torch", "cpu").folder.glob("*.json")
     entry = json.loads(file.read_text())
-    entry["measurement"]["linear"] = {"short": [1.0], "text": "fast", "negative": [-1.0] * 7}.get(damage)
+    entry["measurement"]["linear"] = {"short": [[512, [1.0]]], "text": "fast", "negative": [[512, [-1.0] * 7]]}.get(damage)
     file.write_text(file.read_text()[:30] if damage == "half" else json.dumps(entry))
     with caplog.at_level(logging.WARNING, "graphprune"):
         assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [360]
@@ -214,7 +232,7 @@ def test_the_probe_runs_what_it_names():
 
     for name in ("torch", "onnxruntime"):
         seen.clear()
-        assert list(probe(name, torch.float32, "cpu", clock, seconds=0).linear) == pytest.approx(FLAT)
+        assert probe(name, torch.float32, "cpu", clock, seconds=0).linear == ALL_FLAT
         (outer, rows, hidden, wanted), (channels, side, *_) = LINEAR["cpu"][0], CONVOLUTION["cpu"][0]
         assert len(seen) == 2 and set(seen[0]) == set(widths_of_sample(hidden, wanted))
         outputs = [(it if name == "torch" else it[0]).shape for found in seen for it in found.values()]
@@ -226,10 +244,12 @@ def test_the_command_prints_the_table_and_keeps_it(store, monkeypatch):
     shown = call("bench", "--widths", "--json")
     assert shown.exit_code == 0, shown.output
     rows = json.loads(shown.stdout)["rows"]
-    assert [(row["backend"], row["layers"]) for row in rows] == [(b, k) for b in ("torch", "onnxruntime") for k in ("linear", "conv")]
-    assert all(row["multiple"] == 16 for row in rows) and widths_of(linear()).linear == 16
+    sizes = {"linear": (256, 512, 1024), "conv": (64, 128, 256)}
+    expected = [(b, k, size) for b in ("torch", "onnxruntime") for k in ("linear", "conv") for size in sizes[k]]
+    assert [(row["backend"], row["layers"], row["size"]) for row in rows] == expected
+    assert all(row["multiple"] == 16 for row in rows) and widths_of(linear()).multiple(False, 512) == 16
     lines = [line.split() for line in tables.plain(bench.widths("cpu")).splitlines() if "onnxruntime float32" in line]
-    assert [(line[2], line[-1]) for line in lines] == [("linear", "16"), ("conv", "16")]
+    assert [(line[2], line[3], line[-1]) for line in lines] == [(k, str(size), "16") for k in sizes for size in sizes[k]]
     for arguments, word in ((("--device", "tpu"), "cpu or cuda"), (("a.onnx",), "takes no models")):
         refused = call("bench", "--widths", *arguments)
         assert refused.exit_code == 2 and word in refused.output

@@ -51,16 +51,16 @@ def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
 def _multiple(member: Member, width: int, widths: Widths) -> int:
     convolution = any("onv" in node.op_type for node in member.value.uses)
     if width < WIDE:
-        return fitted(min(widths.convolution, widths.narrow), width) if convolution else 1
+        return fitted(min(widths.multiple(True, width), widths.narrow), width) if convolution else 1
     if member.role is Role.CARRIER:  # norms and tables take any width; what they stand beside decides
-        return fitted(min(widths.linear, widths.convolution), width)
-    return fitted(widths.convolution if convolution else widths.linear, width)
+        return fitted(min(widths.multiple(kind, width) for kind in (False, True)), width)
+    return fitted(widths.multiple(convolution, width), width)
 
 
 def choices(group: Group, round_to: int | str, widths: Widths, min_keep: int, most: float | None) -> list[int]:
     """`removals` in steps of `rounding`; where "auto" was measured so coarse that nothing could go, finer ones down to the rule's."""
     found = removals(group, rounding(group, round_to, widths), min_keep, most)
-    while not found and round_to == "auto" and max(widths.linear, widths.convolution) > ALIGNED:
+    while not found and round_to == "auto" and widths.coarsest > ALIGNED:
         widths = widths.finer()
         found = removals(group, rounding(group, round_to, widths), min_keep, most)
     return found
