@@ -7,7 +7,8 @@
 For each network (random weights, fp16) dense and at ratio 0.3 and 0.5: the certificate of the cut in float64, the module and the ONNX file
 that `result.save` writes (dense by the same path); then, backend by backend, the error against the float64 module, and only then the time:
 dense and pruned in turns, median, launched by a CUDA graph. ONNX Runtime: fused, sizes fixed, I/O binding. It waits for each replay, so
-its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms.
+its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms,
+`+bias` lets ONNX Runtime add biases in the convolution's kernel.
 Rounding "auto" keeps multiples of what this GPU was measured to run well in fp16 by the library at hand, before anything is cut.
 Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted. With the
 floor, no node takes less than a kernel in a CUDA graph does, nor do the kernels that a profile finds besides those of the nodes.
@@ -41,7 +42,7 @@ with contextlib.suppress(ImportError):  # the CPU build of torchvision needs two
 RATIOS = (0.0, 0.3, 0.5)
 PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense fp16 FLOP/s
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
-BACKENDS = ("compile", "compile+search", "ort", "ort_nhwc", "ort_nhwc+search", "eager")  # by default without search
+BACKENDS = ("compile", "compile+search", "ort", "ort_nhwc", "ort_nhwc+bias", "ort_nhwc+search+bias", "eager")  # by default without extras
 CONVOLUTIONAL = ("resnet50", "convnext_tiny", "resnet18")
 KINDS = {  # of kernels, by what their names hold
     "products": ("gemm", "conv", "cutlass", "xmma", "nvjet", "cudnn", "fmha", "flash", "attention", "wgrad", "fprop", "implicit"),
@@ -220,8 +221,8 @@ class Runner:
     """Opens a variant on a backend: the outputs for its data, and a call that launches it once more on the same data."""
 
     def __init__(self, backend: str, device: str) -> None:
-        self.backend, _, search = backend.partition("+")
-        self.search, self.device = bool(search), device
+        self.backend, *extras = backend.split("+")
+        self.search, self.bias, self.device = "search" in extras, "bias" in extras, device
 
     def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> tuple[torch.Tensor, Callable[[], Any]]:
         if self.backend.startswith("ort"):
@@ -251,7 +252,8 @@ class Runner:
 
         options: dict[str, Any] = {"device": self.device}
         if self.device == "cuda":
-            chosen = {"cudnn_conv_algo_search": "EXHAUSTIVE" if self.search else "HEURISTIC", "prefer_nhwc": str(int(self.backend == "ort_nhwc"))}
+            algorithms = "EXHAUSTIVE" if self.search else "HEURISTIC"
+            chosen = {"cudnn_conv_algo_search": algorithms, "prefer_nhwc": str(int(self.backend == "ort_nhwc")), "fuse_conv_bias": str(int(self.bias))}
             options |= {"cuda_graph": True, "provider_options": chosen}
         try:
             model = OnnxRuntimeModel(file, **options)
