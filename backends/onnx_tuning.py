@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -108,53 +109,120 @@ class CausalGroupedAttention(pattern.RewriteRuleClassBase):
         some = pattern.ANY_VALUE
 
         def heads(x: Any, name: str) -> Any:
-            return op.Transpose(op.Reshape(x, some, _outputs=[name]), perm=[0, 2, 1, 3])
+            return op.Transpose(op.Reshape(x, some, _outputs=[f"{name}_heads"]), perm=[0, 2, 1, 3])
 
         def rotated(x: Any, name: str) -> Any:
-            low, high = op.Slice(x, some, some, some, some, _outputs=[f"{name}_low"]), op.Slice(x, some, some, some, some)
+            low, high = (op.Slice(x, some, some, some, some, _outputs=[f"{name}_{half}"]) for half in ("low", "high"))
             return op.Add(op.Mul(x, cos), op.Mul(op.Concat(op.Neg(high), low, axis=-1), sin))
 
-        keys = op.Expand(op.Unsqueeze(rotated(heads(key, "key_heads"), "key"), some), some)
-        keys = op.Reshape(op.Transpose(op.Reshape(keys, some), perm=[0, 2, 1]), some)
-        values = op.Reshape(op.Expand(op.Unsqueeze(heads(value, "value_heads"), some), some), some)
-        scores = op.MatMul(op.Mul(rotated(heads(query, "query_heads"), "query"), query_scale), op.Mul(keys, key_scale))
+        def repeated(x: Any, name: str) -> Any:
+            return op.Expand(op.Unsqueeze(x, some, _outputs=[f"{name}_apart"]), some, _outputs=[f"{name}_repeated"])
+
+        keys = op.Reshape(repeated(rotated(heads(key, "key"), "key"), "key"), some, _outputs=["keys_flat"])
+        keys = op.Reshape(op.Transpose(keys, perm=[0, 2, 1]), some, _outputs=["keys"])
+        values = op.Reshape(repeated(heads(value, "value"), "value"), some, _outputs=["values"])
+        scores = op.MatMul(op.Mul(rotated(heads(query, "query"), "query"), query_scale), op.Mul(keys, key_scale))
         weights = op.Softmax(op.Add(scores, mask), axis=-1)
         weights = pattern.OrValue([op.Where(op.IsNaN(weights), some, weights), weights])
-        return op.Reshape(op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3]), some)
+        return op.Reshape(op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3]), some, _outputs=["result"])
 
-    def check(self, context: Any, query: Any, cos: Any, sin: Any, mask: Any, query_scale: Any, key_scale: Any, **found: Any) -> Any:  # type: ignore[override]
-        result = pattern.MatchResult()
-        tables, masked = (_array(cos), _array(sin)), _array(mask)
-        scales = _array(query_scale), _array(key_scale)
-        if masked is None or any(it is None for it in (*tables, *scales)) or not query.shape.is_static():
-            return result.fail("sizes are open, so mask and rotary tables are not constants")
-        self.batch, self.length = query.shape[0], query.shape[1]
-        allowed = np.tril(np.ones((self.length, self.length), bool))
-        if masked.shape[-2:] != allowed.shape or masked[..., allowed].any() or masked[..., ~allowed].max(initial=-np.inf) > -1e4:
-            return result.fail("the mask is not causal", mask)
-        self.heads, self.kv_heads = found["query_heads"].shape[2], found["key_heads"].shape[2]
-        half = found["query_heads"].shape[3] // 2
-        if any(found[f"{name}_low"].shape[3] != half for name in ("query", "key")) or half % 8:
-            return result.fail("only a part of each head is rotated, or the kernel does not take this width of a head (a multiple of 16)")
-        halves = []
-        for table in tables:
-            assert table is not None
-            rows = table.reshape(-1, table.shape[-2], table.shape[-1])
-            if rows.shape[1:] != (self.length, 2 * half) or (rows != rows[:1]).any() or (rows[..., :half] != rows[..., half:]).any():
-                return result.fail("the rotary table is not that of halves, one row per position")
-            halves.append(np.ascontiguousarray(rows[0, :, :half]))
-        self.tables = halves
-        assert scales[0] is not None and scales[1] is not None
-        self.scale = float(scales[0].item() * scales[1].item())
-        return result
+    def check(self, context: Any, **found: Any) -> Any:  # type: ignore[override]
+        result, read = pattern.MatchResult(), _Grouped.read(found)
+        return result if isinstance(read, _Grouped) else result.fail(read)
 
-    def rewrite(self, op: Any, query: Any, key: Any, value: Any, **_: Any) -> Any:
-        lengths = op.Constant(value=ir.tensor(np.full(self.batch, self.length - 1, np.int32)))
-        total = op.Constant(value=ir.tensor(np.array([self.length], np.int32)))
-        cos, sin = (op.Constant(value=ir.tensor(table)) for table in self.tables)
+    def rewrite(self, op: Any, query: Any, key: Any, value: Any, **found: Any) -> Any:
+        read = _Grouped.read({**found, "query": query, "key": key, "value": value})
+        assert isinstance(read, _Grouped)  # `check` has read the same
+        lengths = op.Constant(value=ir.tensor(np.full(read.batch, read.length - 1, np.int32)))
+        total = op.Constant(value=ir.tensor(np.array([read.length], np.int32)))
+        cos, sin = (op.Constant(value=ir.tensor(table)) for table in (read.cos, read.sin))
         inputs = [query, key, value, None, None, lengths, total, cos, sin]
-        options = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale, "do_rotary": 1, "rotary_interleaved": 0}
+        options = {"num_heads": read.heads, "kv_num_heads": read.kv_heads, "scale": read.scale, "do_rotary": 1, "rotary_interleaved": 0}
         return op.GroupQueryAttention(*inputs, **options, _domain=FUSED, _outputs=3)[0]
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """What the values of a match say of it."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    scale: float
+    cos: np.ndarray  # (length, half of a head)
+    sin: np.ndarray
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> _Grouped | str:
+        """Why it is not that, if it is not."""
+        constants = {name: _array(found[name]) for name in ("cos", "sin", "mask", "query_scale", "key_scale")}
+        if any(it is None for it in constants.values()):
+            return "sizes are open, so mask and rotary tables are not constants"
+        cos, sin, mask, *scales = (it for it in constants.values() if it is not None)
+        query, key = _sizes(found["query_heads"]), _sizes(found["key_heads"])
+        if len(query) != 4 or len(key) != 4 or not key[2]:
+            return "the sizes of a head are not known"
+        (batch, length, heads, width), kv_heads = query, key[2]
+        half, repeats = width // 2, heads // kv_heads
+        wanted = {
+            "key_heads": (batch, length, kv_heads, width), "value_heads": (batch, length, kv_heads, width),
+            "key_apart": (batch, kv_heads, 1, length, width), "value_apart": (batch, kv_heads, 1, length, width),
+            "key_repeated": (batch, kv_heads, repeats, length, width), "value_repeated": (batch, kv_heads, repeats, length, width),
+            "keys_flat": (batch * heads, length, width), "keys": (batch, heads, width, length), "values": (batch, heads, length, width),
+            "result": (batch, length, heads * width), "query": (batch, length, heads * width),
+        }  # fmt: skip
+        for name, sizes in wanted.items():
+            if _sizes(found[name]) != sizes:
+                return f"{name} is {_sizes(found[name])}, not {sizes}: heads are not repeated side by side"
+        if any(_axes(found[f"{name}_apart"]) != [2] for name in ("key", "value")):
+            return "heads are not repeated side by side"
+        spans = {"low": (0, half), "high": (half, width)}
+        if half % 8 or any(_span(found[f"{name}_{part}"]) != (3, *span) for name in ("query", "key") for part, span in spans.items()):
+            return "only a part of each head is rotated, or the kernel does not take this width of a head (a multiple of 16)"
+        allowed = np.tril(np.ones((length, length), bool))
+        if mask.shape[-2:] != allowed.shape or mask[..., allowed].any() or mask[..., ~allowed].max(initial=-np.inf) > -1e4:
+            return "the mask is not causal"
+        halves = []
+        for table in (cos, sin):
+            rows = table.reshape(-1, *table.shape[-2:]) if table.ndim > 1 else table
+            if rows.shape[1:] != (length, width) or (rows != rows[:1]).any() or (rows[..., :half] != rows[..., half:]).any():
+                return "the rotary table is not that of halves, one row per position"
+            halves.append(np.ascontiguousarray(rows[0, :, :half]))
+        scale = float(np.prod([it.item() for it in scales])) if all(it.size == 1 for it in scales) else 0.0
+        if scale == 0.0:  # to the kernel that means its own
+            return "scores are not scaled by one number"
+        return cls(batch, length, heads, kv_heads, scale, *halves)
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    """The sizes of a value; empty where one of them is open."""
+    shape = value.shape
+    return tuple(int(d) for d in shape if isinstance(d, int)) if shape is not None and shape.is_static() else ()
+
+
+def _numbers(value: ir.Value, place: int) -> list[int] | None:
+    """The constant that the node of this value takes at a place."""
+    node = value.producer()
+    held = _array(node.inputs[place]) if node is not None and place < len(node.inputs) else None
+    return None if held is None else [int(number) for number in held.reshape(-1)]
+
+
+def _axes(unsqueezed: ir.Value) -> list[int] | None:
+    axes, rank = _numbers(unsqueezed, 1), len(_sizes(unsqueezed))
+    return None if axes is None else [axis % rank for axis in axes]
+
+
+def _span(cut: ir.Value) -> tuple[int, int, int] | None:
+    """Axis, start and end of a slice of one axis, without gaps."""
+    starts, ends, axes, steps = (_numbers(cut, place) for place in (1, 2, 3, 4))
+    node = cut.producer()
+    whole = _sizes(node.inputs[0]) if node is not None and node.inputs[0] is not None else ()
+    if not (starts and ends and axes and steps == [1] and whole and len(axes) == 1):
+        return None
+    axis = axes[0] % len(whole)
+    start, end, _ = slice(starts[0], ends[0]).indices(whole[axis])
+    return axis, start, end
 
 
 def narrow(model: ir.Model, precision: str, keep_io: bool = True, wide: Collection[str] = ()) -> None:

@@ -121,6 +121,7 @@ class Run:
         self.cuda = self.device.startswith("cuda")
         self.deadline = time.monotonic() + options.seconds
         self.length = 32 if self.smoke else LENGTH
+        self.names, self.backends = ([x for x in given.split(",") if x] for given in (options.networks, options.backends))
         self.captured: dict[tuple[str, int], Any] = {}
 
     @property
@@ -325,8 +326,8 @@ def sparsegpt70b(run: Run) -> None:
     )  # fmt: skip
 
 
-def networks(run: Run) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """Name -> the network and its inputs, such that a call is bound by work and not by its launches."""
+def networks(run: Run) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """Name -> the network (a module, or the path of a file) and its inputs, such that a call is bound by work and not by its launches."""
 
     def images(name: str, batch: int) -> Callable[[], tuple[nn.Module, Any]]:
         def make() -> tuple[nn.Module, Any]:
@@ -354,58 +355,100 @@ def networks(run: Run) -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
         config = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024, vocab_size=8000)
         return BertModel(config, add_pooling_layer=False), torch.randint(3, 8000, (4, 128))
 
+    def recogniser() -> tuple[str, Any]:
+        from benchmarks.onnx_files import fetch
+
+        return str(fetch("ppocr4-rec")), torch.randn(1, 3, 48, 320)
+
     if run.cuda:
         return {
             "resnet50": images("resnet50", 64), "vit_small": images("vit_small_patch16_224", 64), "llama_8x2048": decoder,
         }  # fmt: skip
-    return {"resnet18": images("resnet18", 2), "mobilenet_v2": images("mobilenetv2_100", 2), "encoder_4x256": encoder}
+    return {
+        "resnet18": images("resnet18", 2), "mobilenet_v2": images("mobilenetv2_100", 2), "ppocr4-rec": recogniser, "encoder_4x256": encoder,
+    }  # fmt: skip
+
+
+def onnx_call(model: Any, source: Any, device: str, inputs: Any) -> Callable[[], Any]:
+    """A call by ONNX Runtime of a file, of a program that came from one, or of a module as `source` exports it."""
+    from graphprune.backends.onnxruntime import OnnxRuntimeModel
+    from graphprune.results import exported
+
+    it = OnnxRuntimeModel(exported(model, source) if isinstance(model, nn.Module) else model, device=device)
+    return lambda: it(inputs)
+
+
+def module_call(module: nn.Module, compiled: bool, inputs: Any) -> Callable[[], Any]:
+    it: Any = torch.compile(module.eval()) if compiled else module.eval()
+
+    def call() -> Any:
+        with torch.no_grad():
+            return it(inputs)
+
+    return call
 
 
 def latency(run: Run) -> None:
     """A budget of 70 % of the time of the network as it is; the result against it, measured again."""
+    torch._dynamo.config.recompile_limit = 256  # one class, many candidates: beyond the limit they would run eagerly
+    for name, make in networks(run).items():
+        if run.names and name not in run.names:
+            continue
+        for backend in run.backends or (("torch", "torch.compile", "onnxruntime") if run.cuda else ("onnxruntime",)):
+            if run.left < 20:
+                print(f"{'latency':14} {name} {backend}: out of time", flush=True)
+                continue
+            try:
+                torch.manual_seed(0)
+                _met(run, name, backend, *make())
+            except Exception:
+                _failed(f"latency {name} {backend}")
+            gc.collect()
+            torch.compiler.reset()
+
+
+def _met(run: Run, name: str, backend: str, model: Any, inputs: Any) -> None:
+    """One network: by "torch" and "onnxruntime" as `compile` measures, by "torch.compile" with a measure of our own."""
     import graphprune as gp
     from graphprune.measure import interleaved
+    from graphprune.trials import Trials, paired
 
-    for name, make in networks(run).items():
-        if run.left < 20:
-            print(f"{'latency':14} {name}: out of time", flush=True)
-            continue
-        try:
-            torch.manual_seed(0)
-            model, inputs = make()
-            for parameter in model.parameters():
-                if not parameter.any():  # a branch that starts at zero hides what is cut in it
-                    nn.init.normal_(parameter, std=0.02)
-            model, inputs = model.eval().to(run.device), inputs.to(run.device)
-            start = time.perf_counter()
-            backend = "torch" if run.cuda else "onnxruntime"
-            result = gp.compile(model, inputs, budget={"latency_ms": f"{TARGET:.0%}"}, backend=backend, verify=False, progress=False)
-            seconds = time.perf_counter() - start
-            if run.cuda:
-                calls: Any = {"dense": lambda model=model, x=inputs: model(x), "result": lambda it=result.module, x=inputs: it(x)}
-                result.module.eval()
-            else:
-                from graphprune.backends.onnxruntime import OnnxRuntimeModel
-                from graphprune.results import exported
+    inputs = inputs.to(run.device)
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if not parameter.any():  # a branch that starts at zero hides what is cut in it
+                nn.init.normal_(parameter, std=0.02)
+        model = model.eval().to(run.device)
+    compiled, onnx = backend == "torch.compile", backend == "onnxruntime"
 
-                source = result.program.source
-                pair = {"dense": OnnxRuntimeModel(exported(source.module, source)), "result": OnnxRuntimeModel(exported(result.module, source))}
-                calls = {key: lambda it=it, x=inputs: it(x) for key, it in pair.items()}
-            with torch.no_grad():
-                found = interleaved(calls, warmup=3, repeats=9 if run.smoke else 30, device=run.device)
-            dense, after = found["dense"].median_ms, found["result"].median_ms
-            pairs = zip(found["result"].times, found["dense"].times)  # neighbours in time, so that other work slows both of them
-            share = median(a / b for a, b in pairs) / TARGET
-            kept = result.report.after.params / result.report.before.params
-            how = result.written.how if result.written is not None else "-"
-            run.row(
-                "latency", network=name, backend=backend, dense_ms=dense, target_ms=TARGET * dense, result_ms=after, of_target=share,
-                met=BAND[0] <= share <= BAND[1], params_kept=kept, write_back=how, search_s=seconds,
-            )  # fmt: skip
-        except Exception:
-            _failed(f"latency {name}")
-        model = result = calls = None  # type: ignore[assignment]
-        gc.collect()
+    def call(it: Any, source: Any) -> Callable[[], Any]:
+        return onnx_call(it, source, run.device, inputs) if onnx else module_call(it, compiled, inputs)
+
+    budget, start = {"latency_ms": f"{TARGET:.0%}"}, time.perf_counter()
+    program = gp.capture(model, inputs)
+    if compiled:
+        dense = call(model, None)
+
+        def measure(program: Any, pruned: Any, module: Any) -> tuple[float, float]:
+            return paired([dense, call(module, None)], run.device, "", backend)
+
+        plan = gp.plan(program, budget=budget, measure=Trials(program, measure))
+        result = gp.apply(program, plan, verify=False)
+    else:
+        result = gp.compile(program, budget=budget, backend=backend, device=run.device if onnx else None, verify=False, progress=False)
+    seconds = time.perf_counter() - start
+    source, after = result.program.source, result.module if isinstance(model, nn.Module) else result.pruned
+    with torch.no_grad():
+        calls = {"dense": call(model, source), "result": call(after, source)}
+        found = interleaved(calls, warmup=3, repeats=9 if run.smoke else 30, device=run.device)
+    pairs = zip(found["result"].times, found["dense"].times)  # neighbours in time, so that other work slows both of them
+    share = median(a / b for a, b in pairs) / TARGET
+    ms = found["dense"].median_ms
+    run.row(
+        "latency", network=name, backend=backend, dense_ms=ms, target_ms=TARGET * ms, result_ms=found["result"].median_ms, of_target=share,
+        met=BAND[0] <= share <= BAND[1], params_kept=result.report.after.params / result.report.before.params,
+        write_back=result.written.how if result.written is not None else "-", search_s=seconds,
+    )  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
@@ -423,6 +466,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=360.0, help="no part starts later than this")
     parser.add_argument("--json", default="")
+    parser.add_argument("--networks", default="", help="of the part latency, by name")
+    parser.add_argument("--backends", default="", help="of the part latency: torch, torch.compile, onnxruntime")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     options = parser.parse_args()
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from graphprune.blocks import named_blocks
 from graphprune.errors import InvalidInput
@@ -141,7 +141,7 @@ class Plan:
         """Write the plan as JSON, atomically; masks go as bits into `<name>.masks.safetensors` beside it."""
         with atomic_path(path) as temporary:
             if self.masks:
-                save_file({name: _packed(mask) for name, mask in self.masks.items()}, _beside(temporary), {"plan": self.hash})
+                _write_masks(self.masks, _beside(temporary), self.hash)
             temporary.write_text(self.to_json())
 
     @classmethod
@@ -203,6 +203,21 @@ class SavedMasks(Mapping[str, torch.Tensor]):
 
 def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".masks.safetensors")
+
+
+def _write_masks(masks: Mapping[str, torch.Tensor], path: Path, plan: str) -> None:
+    """A safetensors file of packed masks, of which one is in memory at a time: they may lie in files."""
+    header: dict[str, Any] = {"__metadata__": {"plan": plan}}
+    end = 0
+    for name, mask in masks.items():
+        start, end = end, end - (-mask.numel() // 8)
+        header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for mask in masks.values():
+            file.write(_packed(mask).numpy().tobytes())
 
 
 def _packed(mask: torch.Tensor) -> torch.Tensor:

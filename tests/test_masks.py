@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,6 +203,38 @@ def test_a_plan_applied_again_repairs_to_the_same_weights(name, pattern, tmp_pat
     assert any("repair skipped" in w for w in without.report.warnings)
     for weight, mask in plan.masks.items():
         assert torch.equal(without.module.get_parameter(weight), model.get_parameter(weight) * mask)
+
+
+def test_masks_are_written_one_by_one(tmp_path):
+    class Drawn(Mapping):
+        """Masks that are made when asked for; how many are alive."""
+
+        sizes, alive, most = {"a": (3, 5), "b": (64,), "c": (2, 3, 7)}, 0, 0
+
+        def __getitem__(self, name):
+            generator = torch.Generator().manual_seed(ord(name))
+            mask = torch.rand(self.sizes[name], generator=generator) < 0.5
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(mask, self.gone)
+            return mask
+
+        def gone(self):
+            self.alive -= 1
+
+        def __iter__(self):
+            return iter(self.sizes)
+
+        def __len__(self):
+            return len(self.sizes)
+
+    masks = Drawn()
+    plan = gp.Plan({}, masks=masks)
+    plan.save(tmp_path / "plan.json")
+    assert masks.most <= 2  # the next one is made before a loop lets go of the last
+    found = gp.Plan.load(tmp_path / "plan.json")
+    assert found.hash == plan.hash and list(found.masks) == ["a", "b", "c"]
+    assert all(torch.equal(found.masks[name], masks[name]) for name in masks)
 
 
 def test_a_plan_whose_masks_are_others_is_refused(tmp_path):

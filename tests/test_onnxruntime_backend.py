@@ -395,7 +395,39 @@ def test_fusions_that_move_the_outputs_are_left_out(uneven, monkeypatch, caplog)
     assert run.fused == {} and run.error == 0 and "left out: they move the outputs" in caplog.text
 
 
-def test_a_mask_that_is_not_causal_is_not_grouped_query_attention(tmp_path):
+def hidden_pair(graph):
+    for mask in (v for v in graph.initializers.values() if v.shape[-2:] == (12, 12)):
+        array = mask.const_value.numpy().copy()
+        array[..., 5, 3] = -1e9
+        mask.const_value = ir.tensor(array)
+
+
+def halves_swapped(graph):
+    """Each half of a head is rotated as the other one should be."""
+    by_data = {}
+    for node in (n for n in graph if n.op_type == "Slice"):
+        by_data.setdefault(node.inputs[0], []).append(node)
+    for a, b in (pair for pair in by_data.values() if len(pair) == 2):
+        for place in (1, 2):
+            first, second = a.inputs[place], b.inputs[place]
+            a.replace_input_with(place, second)
+            b.replace_input_with(place, first)
+
+
+def heads_tiled(graph):
+    """Keys and values of all groups one after the other, in place of each as often as it is used."""
+    for node in [n for n in graph if n.op_type == "Unsqueeze" and len(n.outputs[0].shape) == 5]:
+        (expand,) = (use.node for use in node.outputs[0].uses())
+        batch, groups, repeats, length, width = expand.outputs[0].shape
+        for at, place, sizes in ((node, 1, [1]), (expand, 1, [batch, repeats, groups, length, width])):
+            constant = ir.Value(name=f"{at.outputs[0].name}.sizes", const_value=ir.tensor(np.array(sizes)))
+            graph.register_initializer(constant)
+            at.replace_input_with(place, constant)
+        node.outputs[0].shape, expand.outputs[0].shape = ir.Shape([batch, 1, groups, length, width]), ir.Shape(sizes)
+
+
+@pytest.mark.parametrize("edit", [None, hidden_pair, halves_swapped, heads_tiled])
+def test_what_looks_like_grouped_query_attention_is_not_taken_for_it(tmp_path, edit):
     from onnxscript.rewriter import pattern
 
     model, ids = uneven_decoder()
@@ -403,13 +435,12 @@ def test_a_mask_that_is_not_causal_is_not_grouped_query_attention(tmp_path):
     result.save(tmp_path / "model.onnx")
     graph = ir.load(tmp_path / "model.onnx")
     onnx_tuning.fix_sizes(graph, {str(axis.value): size for axis, size in zip(graph.graph.inputs[0].shape, (2, 12))})
-    masks = [v for v in graph.graph.initializers.values() if v.shape[-2:] == (12, 12)]
-    assert masks
-    for mask in masks:
-        array = mask.const_value.numpy().copy()
-        array[..., 5, 3] = -1e9  # one pair that is hidden
-        mask.const_value = ir.tensor(array)
-    assert pattern.RewriteRuleSet([onnx_tuning.CausalGroupedAttention.rule()], commute=True).apply_to_model(graph) == 0
+    before = ir.serde.serialize_model(graph).SerializeToString()
+    if edit is not None:
+        edit(graph.graph)
+        assert ir.serde.serialize_model(graph).SerializeToString() != before
+    found = pattern.RewriteRuleSet([onnx_tuning.CausalGroupedAttention.rule()], commute=True).apply_to_model(graph)
+    assert found == (0 if edit is not None else 2)
 
 
 @pytest.mark.parametrize("sizes", [{"height": 2}, {"batch": 0}])
