@@ -446,7 +446,11 @@ class Bench:
     def _profile(self, launch: Callable[[], Any]) -> Profile | None:
         if not self.floor:
             return None
-        found = profile(launch, self.floor)
+        try:
+            found = profile(launch, self.floor)
+        except Exception as problem:  # the times are still worth having
+            print(f"    no profile: {type(problem).__name__}: {str(problem).strip()[:200]}", flush=True)
+            return None
         return found if found.kernels else None
 
 

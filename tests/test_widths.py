@@ -208,6 +208,25 @@ def test_a_gpu_is_measured_once_and_says_so(store, monkeypatch, caplog):
     assert backend._costs("torch", torch.bfloat16, "cuda", True, None) is None and "the rule is kept: out of memory" in caplog.text
 
 
+def test_a_plan_for_a_runtime_on_a_gpu_reads_the_table_of_that(store, monkeypatch):
+    program = linear()
+    assert "onnxruntime does not run on cuda here" in widths_of(program, "onnxruntime", "cuda").source, "no CUDA in this build"
+    asked = []
+
+    def stands_in(name, dtype, device, times=None, seconds=None):
+        asked.append((name, dtype, device))
+        return Costs(((512, (2, 2, 2, 2, 1, 1, 1) if dtype is torch.float16 else FLAT),), ALL_FLAT)
+
+    monkeypatch.setattr(backend, "available", lambda *_: True)
+    monkeypatch.setattr(backend, "device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(backend.torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(backend, "probe", stands_in)
+    found = widths_of(program, "onnxruntime", "cuda")
+    assert asked == [("onnxruntime", torch.float32, "cuda"), ("onnxruntime", torch.float16, "cuda")]
+    assert found.multiple(False, 512) == 16 and found.source == "measured on Some GPU, onnxruntime, float32 and float16"
+    assert widths_of(program, "onnxruntime", "cuda") == found and len(asked) == 2, "once"
+
+
 @pytest.mark.parametrize("damage", ["half", "short", "text", "negative"])
 def test_a_broken_table_is_ignored_with_a_message(store, caplog, damage):
     measured("torch", torch.float32, "cpu", times=where_only(64))
