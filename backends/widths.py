@@ -103,11 +103,12 @@ def onnx_call(convolution: bool, outer: int, size: int, width: int, device: str 
     def weight(name: str, *shape: int) -> ir.Value:
         return ir.Value(name=name, const_value=ir.tensor(array(*shape), name=name))
 
+    kernel = _kernel(outer, width) if convolution else 1
+    shape: tuple[int, ...] = (BATCH[device], outer, size, size) if convolution else (size, outer)
     if convolution:
-        kernel = _kernel(outer, width)
-        shape, a, b = (BATCH[device], outer, size, size), weight("a", width, outer, 1, 1), weight("b", outer, width, kernel, kernel)
+        a, b = weight("a", width, outer, 1, 1), weight("b", outer, width, kernel, kernel)
     else:
-        kernel, shape, a, b = 1, (size, outer), weight("a", outer, width), weight("b", width, outer)
+        a, b = weight("a", outer, width), weight("b", width, outer)
     op = "Conv" if convolution else "MatMul"
     given = out = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(shape))
     nodes: list[ir.Node] = []
