@@ -338,13 +338,17 @@ class _Tuning:
 
         self.steps, self.file, self.folder, self.sizes = onnx_tuning, file, folder, sizes
         self.options, self.threads, self.fused = options, threads, False
+        self.made: ir.Model | None = None  # after the steps so far, and not changed since
         self.examples: Sequence[Any] = ()
         if examples is not None:
             self.examples = [_resized(it, value.shape) for it, value in zip(examples, self._model().graph.inputs)]
             self.expected = self._on_cpu(file)
 
     def _model(self) -> ir.Model:
-        """The model after the steps so far; its large weights stay on disk until they are converted."""
+        """The model after the steps so far, to be changed; its large weights stay on disk until they are converted."""
+        if self.made is not None:
+            made, self.made = self.made, None
+            return made
         model = ir.load(self.file)
         if self.sizes:
             self.steps.fix_sizes(model, self.sizes)
@@ -369,7 +373,7 @@ class _Tuning:
             if not error <= TOLERANCE["float32"]:
                 log.warning("fusions for ONNX Runtime are left out: they move the outputs by %.1e of their largest entry", error)
                 return {}, None
-        self.fused = True
+        self.fused, self.made = True, model
         return fused, error
 
     def narrow(self, precision: str, keep_io: bool, wide: Sequence[str]) -> Any:
