@@ -514,7 +514,7 @@ def main() -> None:
     parser.add_argument("--batches", default="")
     parser.add_argument("--cases", default="", help="NETWORK@BATCH,... in this order, in place of networks and batches")
     parser.add_argument("--backends", default="", help=f"of {', '.join(BACKENDS)}")
-    parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,8, are tried at ratio 0.3")
+    parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,8, are tried on convolutional networks at ratio 0.3")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--json", default="", help="append a line per row")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
@@ -562,9 +562,9 @@ def main() -> None:
                 narrowing[before, batch] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape).result())
             return narrowing[before, batch]
 
-        def cuts(backend: str) -> list[Cut]:
+        def cuts(name: str, backend: str) -> list[Cut]:
             library = "onnxruntime" if backend.startswith("ort") else "torch"
-            first, *others = roundings
+            first, *others = roundings if name in CONVOLUTIONAL else roundings[:1]
             return [Cut(0.0), *(Cut(ratio, first, library) for ratio in RATIOS if ratio), *(Cut(RATIOS[1], it, library) for it in others)]
 
         def wanted(name: str, backend: str) -> bool:
@@ -573,7 +573,7 @@ def main() -> None:
 
         work = [(name, batch, backend) for name, batch in cases for backend in backends if wanted(name, backend)]
         for name, batch, backend in work:
-            for cut in cuts(backend):
+            for cut in cuts(name, backend):
                 variant(name, cut)
                 if backend.startswith("ort"):
                     file(name, cut, batch)
@@ -583,8 +583,8 @@ def main() -> None:
                 print(f"out of time for {name} {backend} batch {batch}", flush=True)
                 continue
             try:
-                variants = {cut: variant(name, cut).result() for cut in cuts(backend)}
-                files = {cut: file(name, cut, batch).result() for cut in cuts(backend)} if backend.startswith("ort") else {}
+                variants = {cut: variant(name, cut).result() for cut in cuts(name, backend)}
+                files = {cut: file(name, cut, batch).result() for cut in cuts(name, backend)} if backend.startswith("ort") else {}
                 for cut, made in variants.items():
                     if cut.ratio and made.folder not in told:
                         print(f"    {name} {cut} ({cut.library}): {made.kept}", flush=True)
