@@ -103,10 +103,11 @@ def _unfolded(linear: LinearMap, args: Mapping[str, Any]) -> Rows:
     for axis, (size, step, apart) in enumerate(zip(shape[2:], stride, dilation)):
         reach = (size - 1) * apart + 1
         x = x.unfold(2 + axis, reach, step)[..., ::apart]
-    # (batch, channels, *places, *window) -> (groups, batch * places, channels / groups * window)
+    # (batch, channels, *places, *window) -> (groups, batch * places, channels / groups * window), by one copy
     batch, channels, places = x.shape[0], x.shape[1], prod(x.shape[2 : 2 + spatial])
-    x = x.reshape(batch, linear.groups, channels // linear.groups, places, linear.window)
-    return x.permute(1, 0, 3, 2, 4).reshape(linear.groups, batch * places, -1), None
+    x = x.unflatten(1, (linear.groups, channels // linear.groups))
+    x = x.permute(1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial))
+    return x.reshape(linear.groups, batch * places, -1), None
 
 
 def _each(given: Any, spatial: int) -> list[int]:

@@ -80,7 +80,13 @@ def test_shards_add_up_to_one_pass(make, sizes, seed):
         torch.testing.assert_close(getattr(joined, name), value, rtol=1e-12, atol=1e-12)
 
 
-def test_moments_are_those_of_the_rows():
+@pytest.fixture(params=[2**16, 6], ids=["at once", "in steps"])
+def cached(request, monkeypatch):
+    """How many numbers are summed in one step."""
+    monkeypatch.setattr("graphprune.calibration.accumulators.CACHED", request.param)
+
+
+def test_moments_are_those_of_the_rows(cached):
     rows = torch.tensor([[1, 0, 2], [3, 0, 2], [1, 2, 2], [3, 2, 4]], dtype=torch.float64)
     moments = Moments()
     moments.update(rows[None])
@@ -90,7 +96,7 @@ def test_moments_are_those_of_the_rows():
     torch.testing.assert_close(moments.mean_absolute[0], rows.abs().mean(0))
 
 
-def test_rows_beyond_the_count_of_a_group_do_not_count():
+def test_rows_beyond_the_count_of_a_group_do_not_count(cached):
     full, padded = torch.randn(1, 5, 3, dtype=torch.float64), torch.zeros(2, 5, 3, dtype=torch.float64)
     padded[0], padded[1, :2] = full[0], full[0, :2]
     moments, short = Moments(), Moments()
@@ -98,6 +104,12 @@ def test_rows_beyond_the_count_of_a_group_do_not_count():
     short.update(full[:, :2])
     torch.testing.assert_close(moments.variance[1], short.variance[0])
     torch.testing.assert_close(moments.mean[1], short.mean[0])
+
+
+def test_a_group_without_rows_has_no_moments():
+    moments = Moments()
+    moments.update(torch.zeros(2, 0, 3), torch.tensor([0, 0]))
+    assert moments.count.tolist() == [[0], [0]] and not moments.norm.any() and moments.norm.shape == (2, 3)
 
 
 def test_columns_that_are_never_used_leave_the_hessian_invertible():

@@ -12,6 +12,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+CACHED = 2**16  # numbers of one step on a CPU: several passes go over them, which costs a tenth if they stay in the cache
+
 
 class Accumulator(Protocol):
     """Statistics of one place of a program."""
@@ -53,12 +55,14 @@ class Moments:
 
     def update(self, rows: Tensor, counts: Tensor | None = None) -> None:
         """rows: (groups, samples, columns), zero beyond `counts` (groups,)."""
-        rows = _wide(rows)
-        count = _counts(rows, counts)
-        mean = rows.sum(1) / count.clamp_min(1)
-        # rows beyond the counts are zero: what they would add to the centred square is taken off again
-        centred = (rows - mean[:, None]).square().sum(1) - (rows.shape[1] - count) * mean.square()
-        self._join(count, mean, centred.clamp_min(0), rows.abs().sum(1))
+        step = rows.shape[1] if rows.device.type != "cpu" else max(1, CACHED // max(1, rows.shape[0] * rows.shape[2]))
+        for start in range(0, max(1, rows.shape[1]), max(1, step)):
+            part = _wide(rows[:, start : start + step])
+            count = _counts(part, None if counts is None else (counts - start).clamp(0, part.shape[1]))
+            mean = part.sum(1) / count.clamp_min(1)
+            # rows beyond the counts are zero: what they would add to the centred square is taken off again
+            centred = (part - mean[:, None]).square().sum(1) - (part.shape[1] - count) * mean.square()
+            self._join(count, mean, centred.clamp_min(0), part.abs().sum(1))
 
     def merge(self, other: Moments) -> None:
         if other.count is not None:
