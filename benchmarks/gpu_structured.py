@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.gpu_profile import KINDS, Profile, floor_of_a_kernel, profile
 from graphprune.widths import RULE, Widths
 
 with contextlib.suppress(ImportError):  # the CPU build of torchvision needs two operators declared before its import
@@ -44,10 +45,6 @@ PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense 
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
 BACKENDS = ("compile", "compile+search", "ort", "ort_nhwc", "ort_nhwc+bias", "ort_nhwc+search+bias", "eager")  # by default without extras
 CONVOLUTIONAL = ("resnet50", "convnext_tiny", "resnet18")
-KINDS = {  # of kernels, by what their names hold
-    "products": ("gemm", "conv", "cutlass", "xmma", "nvjet", "cudnn", "fmha", "flash", "attention", "wgrad", "fprop", "implicit"),
-    "layout": ("nchwtonhwc", "nhwctonchw", "transpose", "permute"),
-}
 
 
 @dataclass(frozen=True)
@@ -323,57 +320,6 @@ def empty_graph(device: str) -> float:
         return in_turns({0: lambda: model(data)}, device)[0]
     captured = model.capture(data)
     return in_turns({0: lambda: model.launch(captured)}, device)[0]
-
-
-def floor_of_a_kernel() -> float:
-    """Milliseconds from one tiny kernel of a CUDA graph to the next that waits for it."""
-    from graphprune.backends.timing import time_calls
-
-    x = torch.zeros(32, device="cuda")
-    return time_calls([lambda: x.add_(1)], rounds=500).median / 1e3
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The kernels of one launch; milliseconds."""
-
-    kernels: int
-    short: int  # those that take less than the floor
-    busy: float  # sum of what all take by themselves
-    by_kind: Mapping[str, float]
-    longest: tuple[tuple[str, int, float], ...]  # name, how many, sum
-
-
-def profile(launch: Callable[[], Any], floor: float, repeats: int = 5) -> Profile:
-    """What a launch does on the GPU, whoever launches it."""
-    launch()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found, torch.no_grad():
-        for _ in range(repeats):
-            launch()
-        torch.cuda.synchronize()
-    events = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
-    return summary([(e.name, e.time_range.elapsed_us() / 1e3) for e in events], floor, repeats)
-
-
-def summary(events: Sequence[tuple[str, float]], floor: float, repeats: int) -> Profile:
-    by_kind, names = dict.fromkeys((*KINDS, "other"), 0.0), Counter[str]()
-    times: dict[str, float] = {}
-    for name, ms in events:
-        by_kind[kind_of(name)] += ms / repeats
-        names[name] += 1
-        times[name] = times.get(name, 0.0) + ms / repeats
-    longest = tuple((name, round(names[name] / repeats), times[name]) for name in sorted(times, key=lambda it: -times[it])[:6])
-    short = sum(ms < floor for _, ms in events)
-    return Profile(round(len(events) / repeats), round(short / repeats), sum(times.values()), by_kind, longest)
-
-
-def kind_of(kernel: str) -> str:
-    name = kernel.lower()
-    layout = any(word in name for word in KINDS["layout"])  # cuDNN names its transposes after itself
-    if layout or name.startswith("triton"):  # inductor's are named after all that they fused
-        return "layout" if layout and not name.startswith("triton") else "other"
-    return "products" if any(word in name for word in KINDS["products"]) else "other"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.gpu_structured import Profile, Row, Variant, Work, kind_of, show, sizes, summary
+from benchmarks.gpu_profile import Profile, kind_of, summary
+from benchmarks.gpu_structured import Row, Variant, Work, show, sizes
 from graphprune.backends import widths as backend
 
 PEAKS = (1e12, 1e14)
