@@ -16,12 +16,13 @@ import json
 import lzma
 import math
 import time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,9 +162,10 @@ def train(name: str, seconds: float, device: str, folder: Path = TEXT, smoke: bo
         return loss.detach()
 
     layers = (getattr(model, "model", None) or model.backbone).layers
-    mixers = [layer.mixer for layer in layers if hasattr(layer, "mixer")]
-    for mixer in mixers:
-        mixer.forward = partial(in_training, mixer)
+    mixers = {type(layer.mixer): type(layer.mixer).forward for layer in layers if hasattr(layer, "mixer")}
+    for kind in mixers:  # of the class: one function for all layers is compiled once
+        kind.forward = in_training
+    torch._dynamo.reset()
     began = time.perf_counter()
     for group in optimiser.param_groups:
         group["lr"] = 0.0  # the first steps are there to compile
@@ -194,8 +196,8 @@ def train(name: str, seconds: float, device: str, folder: Path = TEXT, smoke: bo
             print(f"{name}: {now - start:5.0f} s, {steps} steps, loss {float(loss):.3f}", flush=True)
     for layer in layers:
         layer._compiled_call_impl = None
-    for mixer in mixers:
-        del mixer.forward
+    for kind, forward in mixers.items():
+        kind.forward = forward
     found = {
         "steps": steps, "tokens": steps * batch * length, "seconds": seconds, "warm_up": round(warm, 1), "compiled": compiled,
         "params": sum(p.numel() for p in model.parameters()), "loss": float(loss),
