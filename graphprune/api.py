@@ -431,6 +431,7 @@ def _report(
         costs=layer_costs(program, cut, times[0]),
         timing=times[1],
         rounding=str(plan.settings.get("rounding", "")),
+        spread=str(plan.settings.get("spread", "")),
         groups=tuple(GroupSummary.of(g, g.size - len(cut.removed.get(g.name, ()))) for g in analysis.groups),
         not_prunable=tuple(frozen.values()),
         passes=(PassRecord("structured", seconds.get("surgery", 0.0), f"{before.params - after.params} parameters removed"),),

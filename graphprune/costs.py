@@ -373,23 +373,25 @@ class SizeOf:
 class _Term:
     """One addend of the cost: the MACs of a node, or a weight."""
 
-    __slots__ = ("atoms", "dense", "node", "shapes", "weight")
+    __slots__ = ("_found", "_order", "atoms", "node", "shapes", "weight")
 
     def __init__(self, node: Node | None, weight: Value | None, shapes: dict[Value, tuple[SizeOf | int, ...]]) -> None:
         self.node, self.weight, self.shapes = node, weight, shapes
         self.atoms = frozenset().union(*(size.atoms for sizes in shapes.values() for size in sizes if isinstance(size, SizeOf)))
-        self.dense: Cost | None = None
-        if not self.atoms:
-            self.dense = self.cost({})
+        self._order = tuple(self.atoms)
+        self._found: dict[tuple[int | None, ...], Cost] = {}  # searches ask for the same sizes again and again
 
     def read_in(self, nodes: set[Node]) -> bool:
         """Is it still there when only these nodes are?"""
         return self.node in nodes if self.weight is None else any(use in nodes for use in self.weight.uses)
 
     def cost(self, kept: Mapping[Any, int]) -> Cost:
-        if self.dense is not None:
-            return self.dense
+        key = tuple(map(kept.get, self._order))
+        if key not in self._found:
+            self._found[key] = self._priced(kept)
+        return self._found[key]
 
+    def _priced(self, kept: Mapping[Any, int]) -> Cost:
         def shape(value: Value) -> Shape:
             return tuple(size if isinstance(size, int) else size.at(kept) for size in self.shapes[value])
 

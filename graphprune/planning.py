@@ -17,10 +17,13 @@ from graphprune.allocation import (
     Measured,
     Selection,
     allocate,
+    block_of,
     choices,
+    fastest,
     one_per_product,
     scope_of,
     split,
+    whole_blocks,
 )  # fmt: skip
 from graphprune.analysis import Analysis
 from graphprune.calibration import Statistics
@@ -67,7 +70,9 @@ def make_plan(
         pruning_ratio: fraction of units removed per group, or `{pattern: fraction}`, where the last pattern that matches counts, "*"
             stands for all others and a group that no pattern matches stays whole. In [0, 1); rounding keeps more, never less.
         budget: what is kept: `{"params": "60%", "macs": 2e9, "memory_mb": "50%"}`, one or several. With a ratio too, the budget binds and
-            the ratio is the most that any group loses. Measured: `latency_ms` (5.0, or "60%") and `accuracy_drop` (0.01, of the metric).
+            the ratio is the most that any group loses. Under a budget of parameters or bytes alone, with scope "local", groups that are
+            poor in MACs lose less, so that the network is fast: see `graphprune.allocation.spread`. Measured: `latency_ms` (5.0, or "60%")
+            and `accuracy_drop` (0.01, of the metric).
         units: kinds that may go; where a network has none of the default ones, they give way to `ssm_head`, then `hidden`. Of groups that
             multiply in one axis, such as kv_group and head, one is cut: see `one_per_product`.
         importance: a name of `IMPORTANCES`, an `Importance`, or a callable `group -> scores`.
@@ -112,11 +117,13 @@ def make_plan(
         if g.kind in kinds and g.name not in left_out | spared and (wanted is None or g.name in wanted) and ratios[g.name] != 0
     ]  # fmt: skip
     pace = _paces(rivals, meant, ratios, statistics)
+    sizes, timed = split(budget)
+    block = block_of(program) if sizes and round_to == "auto" else 1
     steps: dict[str, list[int]] = {}
     for group in meant:
         ratio = ratios[group.name]
         most = None if ratio is None or not capped else min(ratio * pace[group.name], 1.0)
-        steps[group.name] = choices(group, round_to, widths, min_keep, most)
+        steps[group.name] = whole_blocks(group, choices(group, round_to, widths, min_keep, most), block)
     allowed = one_per_product(analysis, [g for g in analysis.groups if steps.get(g.name)])
     candidates = [
         Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name], pace[g.name]) for g in allowed
@@ -124,17 +131,24 @@ def make_plan(
     asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
     if not candidates and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
-    sizes, timed = split(budget)
     measured = Measured(timed, measure) if timed else None
+    spread = ""
     if hasattr(rivals, "search"):
         if measured is not None:
             raise InvalidInput(f"budget {next(iter(timed))}: this recipe searches by itself; give it a pruning_ratio or a budget of sizes")
         removed = rivals.search(candidates, budget, statistics)
     else:
+        if measured is None:
+            candidates, spread = fastest(analysis, candidates, rivals, budget)
         removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:
         raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
-    settings = _settings(locals()) | {"rounding": str(widths) if round_to == "auto" else f"multiples of {round_to}, as asked"}
+    rounding = f"multiples of {round_to}, as asked" if round_to != "auto" else str(widths)
+    if block > 1:
+        rounding += f"; of {block} for convolutions under a budget"
+    settings = _settings(locals()) | {"rounding": rounding}
+    if spread:
+        settings["spread"] = spread
     if measured is not None:
         settings["measured"] = {k: list(v) for k, v in measured.found.items()}
     plan = Plan.of(program, removed, repair, settings)

@@ -4,8 +4,10 @@ from graphprune.allocation.allocate import BUDGETS, SCOPES, Candidate, Global, I
 from graphprune.allocation.limits import choices, one_per_product, removals, rounding
 from graphprune.allocation.measured import MEASURED, Measure, Measured, split
 from graphprune.allocation.selection import Selection
+from graphprune.allocation.spread import block_of, fastest, whole_blocks
 
 __all__ = [
     "BUDGETS", "MEASURED", "SCOPES", "Candidate", "Global", "Isomorphic", "Local", "Measure", "Measured", "Selection",
-    "allocate", "choices", "limits_of", "one_per_product", "removals", "rounding", "scope_of", "split",
+    "allocate", "block_of", "choices", "fastest", "limits_of", "one_per_product", "removals", "rounding", "scope_of", "split",
+    "whole_blocks",
 ]

@@ -3,7 +3,8 @@
 Every unit has a *turn* in (0, 1]: its rank among the units that it competes with, from the one that goes first to the one that goes last.
 The scope says who competes: the units of one group (local), of all groups of one structure (isomorphic), or all (global). A ratio removes
 every unit whose turn is not beyond it; a budget removes units by turn until the costs are met, then gives back, best units first, whatever
-the budget still has room for.
+the budget still has room for. Under a budget of parameters or bytes, what has few MACs per parameter goes later and comes back first: see
+`graphprune.allocation.spread`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -171,7 +172,8 @@ class Candidate:
     scores: np.ndarray  # (size,) float32
     removals: Sequence[int]  # allowed numbers of removed units, ascending
     ratio: float | None  # turns up to this go, without a budget
-    pace: float = 1.0  # its turns come so many times as fast as those of others: closed-form curves over the layers
+    pace: float = 1.0  # its turns come so many times as fast as those of others: curves over the layers, and the spread of a budget
+    density: float = 0.0  # MACs per parameter of a unit: of what a budget has room for, units of low density come back first
 
 
 def allocate(
@@ -190,30 +192,21 @@ def allocate(
         BudgetNotMet: the smallest network that the candidates allow costs more.
     """
     model = CostModel(analysis)
-    orders = [np.argsort(c.scores, kind="stable") for c in candidates]
-    turns = _turns(candidates, scope, _unit_cost(model))
-    steps = [
-        (float(turns[i][order[count - 1]]), i, count)
-        for i, (c, order) in enumerate(zip(candidates, orders))
-        for count in c.removals
-    ]
-    if budget is None and measured is None:
-        steps = [s for s in steps if s[0] <= (candidates[s[1]].ratio or 0.0) + _SLACK]
-    steps = _possible(analysis, candidates, sorted(steps))
-
-    def removed(counts: Sequence[int]) -> dict[str, np.ndarray]:
-        return {c.group.name: np.sort(order[:count]) for c, order, count in zip(candidates, orders, counts) if count}
-
+    steps = Steps(analysis, candidates, scope, unit_cost(model), all_of_them=budget is not None or measured is not None)
     limits = limits_of(budget, model.cost({})) if budget is not None else {}
+    if limits and _met(model.cost({}), limits):
+        log.warning("the budget is met by the network as it is; nothing is removed")
     if measured is not None:
-        least = _shortest(model, candidates, steps, limits) if limits else 0
-        count = measured.prefix(lambda n: removed(_counts(candidates, steps[:n])), least, len(steps))
+        least = shortest(model, steps, limits) if limits else 0
+        count = measured.prefix(steps.removed, least, len(steps))
         if count > least or not limits:
-            return removed(_counts(candidates, steps[:count]))
-    return removed(_within(model, candidates, steps, limits) if limits else _counts(candidates, steps))
+            return steps.removed(count)
+    return steps.units(within(model, steps, limits)) if limits else steps.removed(len(steps))
 
 
-def _unit_cost(model: CostModel) -> Callable[[Group], Cost]:
+def unit_cost(model: CostModel) -> Callable[[Group], Cost]:
+    """What one unit of a group costs, all else uncut."""
+
     def price(group: Group) -> Cost:
         if isinstance(group.atom, Branch):
             return model.cost({}) - model.cost({group.atom: 0})
@@ -247,10 +240,69 @@ def _share(scope: Scope, group: Group, unit_cost: Callable[[Group], Cost]) -> fl
     return 1.0 if isinstance(group.atom, Branch) or not hasattr(scope, "share") else scope.share(group, unit_cost)
 
 
-Step = tuple[float, int, int]  # turn of the last unit to go, candidate, number of units gone after it
+class Step(NamedTuple):
+    """One more removal."""
+
+    turn: float  # of the last unit to go
+    candidate: int
+    count: int  # number of units gone after it
 
 
-def _possible(analysis: Analysis, candidates: Sequence[Candidate], steps: list[Step]) -> list[Step]:
+class Steps:
+    """Removals in their order, from the units that go first to those that go last.
+
+    Args:
+        all_of_them: those beyond the candidates' ratios too.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        candidates: Sequence[Candidate],
+        scope: Scope,
+        price: Callable[[Group], Cost],
+        all_of_them: bool = True,
+    ) -> None:
+        self.candidates = candidates
+        self.orders = [np.argsort(c.scores, kind="stable") for c in candidates]
+        turns = _turns(candidates, scope, price)
+        found = [
+            Step(float(turns[i][order[count - 1]]), i, count)
+            for i, (c, order) in enumerate(zip(candidates, self.orders))
+            for count in c.removals
+        ]
+        if not all_of_them:
+            found = [s for s in found if s.turn <= (candidates[s.candidate].ratio or 0.0) + _SLACK]
+        self._steps = _possible(analysis, candidates, sorted(found))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, i: int) -> Step:
+        return self._steps[i]
+
+    def counts(self, length: int) -> list[int]:
+        """Units gone after so many steps, by candidate."""
+        counts = [0] * len(self.candidates)
+        for _, i, count in self._steps[:length]:
+            counts[i] = max(counts[i], count)
+        return counts
+
+    def kept(self, length: int) -> dict[Any, int]:
+        """Units left after so many steps, by atom; as `CostModel` takes it."""
+        return kept_of(self.candidates, self.counts(length))
+
+    def units(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
+        """The units that go where so many go, by group name."""
+        rows = zip(self.candidates, self.orders, counts)
+        return {c.group.name: np.sort(order[:count]) for c, order, count in rows if count}
+
+    def removed(self, length: int) -> dict[str, np.ndarray]:
+        """The units gone after so many steps, by group name."""
+        return self.units(self.counts(length))
+
+
+def _possible(analysis: Analysis, candidates: Sequence[Candidate], steps: Sequence[Step]) -> list[Step]:
     """Steps, taken in order, that leave every top-k enough to choose from and one branch in place."""
     limits: dict[Any, list[tuple[SizeOf, int]]] = {}
     for axis, least, _ in analysis.engine.limits:
@@ -278,14 +330,7 @@ def _possible(analysis: Analysis, candidates: Sequence[Candidate], steps: list[S
     return found
 
 
-def _counts(candidates: Sequence[Candidate], steps: Sequence[Step]) -> list[int]:
-    counts = [0] * len(candidates)
-    for _, i, count in steps:
-        counts[i] = max(counts[i], count)
-    return counts
-
-
-def _kept(candidates: Sequence[Candidate], counts: Sequence[int]) -> dict[Any, int]:
+def kept_of(candidates: Sequence[Candidate], counts: Sequence[int]) -> dict[Any, int]:
     return {c.group.atom: c.group.size - count for c, count in zip(candidates, counts) if count}
 
 
@@ -293,7 +338,7 @@ def _met(cost: Cost, limits: Mapping[str, float]) -> bool:
     return all(BUDGETS[name](cost) <= limit * (1 + 1e-12) for name, limit in limits.items())
 
 
-def _shortest(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> int:
+def shortest(model: CostModel, steps: Steps, limits: Mapping[str, float]) -> int:
     """How many steps, in order, it takes until every limit holds.
 
     Raises:
@@ -301,9 +346,8 @@ def _shortest(model: CostModel, candidates: Sequence[Candidate], steps: Sequence
     """
     dense = model.cost({})
     if _met(dense, limits):
-        log.warning("the budget is met by the network as it is; nothing is removed")
         return 0
-    smallest = model.cost(_kept(candidates, _counts(candidates, steps)))
+    smallest = model.cost(steps.kept(len(steps)))
     if not _met(smallest, limits):
         worst = "; ".join(
             f"{name} {_amount(limit)} of {_amount(BUDGETS[name](dense))} was asked for, {_amount(BUDGETS[name](smallest))} is the smallest "
@@ -315,19 +359,20 @@ def _shortest(model: CostModel, candidates: Sequence[Candidate], steps: Sequence
     low, high = 0, len(steps)  # steps[:high] meets the budget, steps[:low] does not
     while high - low > 1:
         middle = (low + high) // 2
-        if _met(model.cost(_kept(candidates, _counts(candidates, steps[:middle]))), limits):
+        if _met(model.cost(steps.kept(middle)), limits):
             high = middle
         else:
             low = middle
     return high
 
 
-def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[Step], limits: Mapping[str, float]) -> list[int]:
+def within(model: CostModel, steps: Steps, limits: Mapping[str, float]) -> list[int]:
     """Numbers of removed units under which every limit holds, and would not hold with any one step less."""
-    high = _shortest(model, candidates, steps, limits)
-    taken = list(steps[:high])
-    counts = _counts(candidates, taken)
-    now = _kept(candidates, counts)
+    candidates = steps.candidates
+    high = shortest(model, steps, limits)
+    taken = [steps[i] for i in range(high)]
+    counts = steps.counts(high)
+    now = kept_of(candidates, counts)
     cost = model.cost(now)
     earlier: dict[tuple[int, int], int] = {}  # (candidate, count) -> count one step before
     last = [0] * len(candidates)
@@ -335,7 +380,7 @@ def _within(model: CostModel, candidates: Sequence[Candidate], steps: Sequence[S
         earlier[i, count] = last[i]
         last[i] = count
     stuck: set[int] = set()  # costs are sums of products of sizes: what does not fit now will not fit once more has come back
-    for _, i, count in reversed(taken):
+    for _, i, count in sorted(reversed(taken), key=lambda step: candidates[step.candidate].density):
         if i in stuck:
             continue
         group, less = candidates[i].group, earlier[i, count]

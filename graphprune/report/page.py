@@ -83,7 +83,10 @@ def html(report: Report) -> str:
         kinds=_kinds(report),
         exactness=_exactness(report),
         timing=escape(report.timing or "not measured"),
-        rounding=escape(f" Widths are kept in {report.rounding}." if report.rounding else ""),
+        rounding=escape(
+            (f" Widths are kept in {report.rounding}." if report.rounding else "")
+            + (f" Under the budget {report.spread}." if report.spread else "")
+        ),
         kernels=_kernels(report),
         certificate=_certificate(report.certificate),
         again=_again(report),

@@ -140,6 +140,7 @@ class Report:
     costs: tuple[LayerCost, ...] = ()  # layer by layer, in the order in which they run
     timing: str = ""  # where and how the times in `costs` were measured, or why not
     rounding: str = ""  # what kept widths are multiples of, and by which measurement or rule
+    spread: str = ""  # under a budget of sizes: which groups lose less than others
     groups: tuple[GroupSummary, ...] = ()
     not_prunable: tuple[Frozen, ...] = ()
     passes: tuple[PassRecord, ...] = ()

@@ -66,6 +66,8 @@ def report(it: Report) -> ConsoleRenderable:
         parts.append(_kinds(it.groups))
     if it.rounding:
         parts.append(Text(f"widths  {it.rounding}", style="dim"))
+    if it.spread:
+        parts.append(Text(f"budget  {it.spread}", style="dim"))
     if it.layers:
         parts.append(shapes(it.layers, LONGEST))
     if it.not_prunable:

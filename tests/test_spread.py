@@ -1,0 +1,105 @@
+"""Budgets of parameters: which groups lose more, to which widths, and that the result is the fast one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphprune.allocation import block_of, spread, whole_blocks
+from graphprune.api import apply
+from graphprune.capture.torch_export import capture_torch
+from graphprune.costs import cost
+from graphprune.planning import make_plan
+from graphprune.program import Program
+from graphprune.surgery import Cut
+from tests.randomise import seeded
+
+
+def tapered(side: int = 16) -> Program:
+    """Convolutions on ever smaller maps, then a wide classifier: parameters are at the end, MACs at the beginning."""
+    with seeded(0):
+        layers: list[nn.Module] = []
+        for a, b in ((3, 64), (64, 64), (64, 128), (128, 256)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(256 * (side // 16) ** 2, 512), nn.ReLU(), nn.Linear(512, 10)]
+        return capture_torch(nn.Sequential(*layers).eval(), (torch.randn(2, 3, side, side),))
+
+
+def perceptron() -> Program:
+    with seeded(0):
+        return capture_torch(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)), (torch.randn(2, 64),))
+
+
+def lost(program: Program, budget: dict[str, object], **options: object) -> dict[str, float]:
+    """Fraction that goes, by group."""
+    plan = make_plan(program, budget=budget, **options)  # type: ignore[arg-type]
+    return {g.name: len(plan.removed.get(g.name, ())) / g.size for g in program.analysis.groups}
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("name", ["params", "memory_mb"])
+def test_what_is_poor_in_macs_loses_less_and_the_network_is_faster_for_it(name: str, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, dense = tapered(), cost(tapered())
+    plan = make_plan(program, budget={name: f"{kept:.0%}"}, round_to=1)
+    found = cost(program, Cut(program.analysis, plan.removed))
+    assert 0.98 * kept < found.params / dense.params <= kept
+    assert "lose less than the others" in plan.settings["spread"]
+    by_kind = [len(e.removed) / e.size for e in plan.entries.values() if e.kind == "channel"], [
+        len(e.removed) / e.size for e in plan.entries.values() if e.kind == "neuron"
+    ]
+    assert max(by_kind[1], default=0.0) < max(by_kind[0])
+    monkeypatch.setattr(spread, "WORTH", 1.0)  # nothing is worth it: all alike
+    even = make_plan(program, budget={name: f"{kept:.0%}"}, round_to=1)
+    assert even.settings["spread"] == "every group alike"
+    assert found.macs < (1 - 0.03) * cost(program, Cut(program.analysis, even.removed)).macs
+    alike = max(len(e.removed) / e.size for e in even.entries.values())
+    deepest = max(by_kind[0])
+    assert deepest <= max(alike, min(spread.DEEPEST, spread.UNEVEN * alike)) + 1e-6
+
+
+def test_a_network_of_linear_layers_loses_alike() -> None:
+    plan = make_plan(perceptron(), budget={"params": "60%"}, round_to=1)
+    assert plan.settings["spread"] == "every group alike"
+    ratios = [len(e.removed) / e.size for e in plan.entries.values()]
+    assert max(ratios) - min(ratios) < 0.02
+
+
+@pytest.mark.parametrize("options", [{"scope": "global"}, {"scope": "isomorphic"}, {"budget": {"params": "60%", "macs": "60%"}}])
+def test_where_something_else_decides_nothing_is_spread(options: dict[str, object]) -> None:
+    assert "spread" not in make_plan(tapered(), **{"budget": {"params": "60%"}, **options}).settings  # type: ignore[arg-type]
+
+
+def test_a_ratio_is_what_it_is() -> None:
+    plan = make_plan(tapered(), pruning_ratio=0.5, round_to=1)
+    assert "spread" not in plan.settings and {len(e.removed) / e.size for e in plan.entries.values()} == {0.5}
+
+
+def test_the_same_plan_every_time_and_the_report_says_which() -> None:
+    program = tapered()
+    plans = [make_plan(program, budget={"params": "60%"}) for _ in range(2)]
+    assert plans[0].hash == plans[1].hash and plans[0].settings == plans[1].settings
+    report = apply(program, plans[0]).report
+    assert report.spread == plans[0].settings["spread"] and report.spread in str(report).replace("\n", " ")
+
+
+def test_a_budget_stops_at_whole_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tapered()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert block_of(program) == 16
+    plan = make_plan(program, budget={"params": "60%"})
+    convolutions = [e for e in plan.entries.values() if e.kind == "channel"]
+    assert convolutions and all((e.size - len(e.removed)) % 16 == 0 for e in convolutions)
+    assert "of 16 for convolutions" in plan.settings["rounding"]
+    assert "of 16" not in make_plan(program, budget={"params": "60%"}, round_to=4).settings["rounding"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert block_of(program) == 8
+
+
+def test_narrow_layers_keep_every_width() -> None:
+    program = tapered()
+    narrow, wide, neurons = (next(g for g in program.analysis.groups if g.size == size) for size in (64, 128, 512))
+    assert whole_blocks(narrow, range(1, 64), 64) == list(range(1, 64))  # not even two blocks
+    assert whole_blocks(wide, range(1, 128), 64) == [64]
+    assert whole_blocks(wide, [1, 2], 64) == [1, 2]  # no whole block is allowed
+    assert whole_blocks(neurons, range(1, 512), 64) == list(range(1, 512))
