@@ -24,9 +24,9 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,9 @@ class Work:
         return max(2 * (self.weights + self.activations * batch) / bandwidth, self.flops * batch / peak)
 
 
+Opened = tuple[torch.Tensor, Callable[[], Any], Callable[[], Any]]
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is taken from a network, and in which steps."""
@@ -215,13 +218,13 @@ def sizes(model: Any, shape: Sequence[int]) -> dict[str, int]:
 
 
 class Runner:
-    """Opens a variant on a backend: the outputs for its data, and a call that launches it once more on the same data."""
+    """Opens a variant on a backend: the outputs for its data, and two calls that launch it once more on them: timed, and without a CUDA graph."""
 
     def __init__(self, backend: str, device: str) -> None:
         self.backend, *extras = backend.split("+")
         self.search, self.bias, self.device = "search" in extras, "bias" in extras, device
 
-    def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> tuple[torch.Tensor, Callable[[], Any]]:
+    def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> Opened:
         if self.backend.startswith("ort"):
             assert file is not None
             return self._onnxruntime(variant, data, *file)
@@ -235,14 +238,15 @@ class Runner:
         with torch.no_grad():
             found = first(call(data))
         if self.device == "cpu":
-            return found, lambda: call(data)
+            return found, lambda: call(data), lambda: call(data)
         from graphprune.backends.timing import capture
 
         graph = capture([lambda: call(data)])
-        return found, graph.replay
+        return found, graph.replay, lambda: call(data)
 
-    def _onnxruntime(self, variant: Variant, data: torch.Tensor, file: Path, fused: Mapping[str, int]) -> tuple[torch.Tensor, Callable[[], Any]]:
+    def _onnxruntime(self, variant: Variant, data: torch.Tensor, file: Path, fused: Mapping[str, int]) -> Opened:
         import onnx_ir as ir
+        import onnxruntime
 
         from graphprune.backends.onnxruntime import NO_KERNEL, OnnxRuntimeModel
         from graphprune.errors import InvalidInput
@@ -262,10 +266,12 @@ class Runner:
             model = OnnxRuntimeModel(wide, sizes=given, precision="float16", fuse=True, keep_io_types=False, check=False, **options)
         print(f"    {self.backend} fused: {', '.join(f'{n} {op}' for op, n in fused.items()) or 'nothing'}", flush=True)
         if self.device == "cpu":
-            return first(model(data)), lambda: model(data)
+            return first(model(data)), lambda: model(data), lambda: model(data)
         captured = model.capture(data)
         model.launch(captured)
-        return captured.outputs[0].clone(), lambda: model.launch(captured)
+        plain = onnxruntime.RunOptions()
+        plain.add_run_config_entry("gpu_graph_id", "-1")
+        return captured.outputs[0].clone(), lambda: model.launch(captured), lambda: model.session.run_with_iobinding(captured.binding, plain)
 
 
 def first(output: Any) -> torch.Tensor:
@@ -354,14 +360,15 @@ class Bench:
     device: str
     peaks: tuple[float, float]
     floor: float  # ms; 0 where no profile can be taken
+    start: float  # on the clock of this machine
 
-    def measure(self, name: str, variants: Mapping[Cut, Variant], files: Mapping[Cut, Any], backend: str, batch: int) -> Iterator[Row]:
-        """Errors first; a variant that is wrong is an error, not a time."""
+    def measure(self, name: str, variants: Mapping[Cut, Variant], files: Mapping[Cut, Any], backend: str, batch: int) -> list[Row]:
+        """Errors first; a variant that is wrong is an error, not a time. Then times, all told, then profiles."""
         data = (NETWORKS | SMOKE)[name].inputs(batch).to(self.device)
-        launches, errors, runner = {}, {}, Runner(backend, self.device)
+        launches, plain, errors, runner = {}, {}, {}, Runner(backend, self.device)
         for cut, variant in variants.items():
             try:
-                found, launch = runner.open(variant, data, files.get(cut))
+                found, launch, plain[cut] = runner.open(variant, data, files.get(cut))
                 reference = expected(variant, data, self.device)
                 errors[cut] = float((found.double() - reference).abs().max() / reference.abs().max())
                 if not errors[cut] <= WRONG:
@@ -374,24 +381,24 @@ class Bench:
             launches[cut] = launch
             del reference, found
         times = in_turns(launches, self.device)
-        profiles = {cut: self._profile(launch) for cut, launch in launches.items()}
         dense = next(cut for cut in launches if not cut.ratio)
-
-        def seconds(cut: Cut, floor: float = 0.0) -> float:
-            found = profiles[cut]
-            return variants[cut].seconds(batch, self.peaks, floor, found.kernels if found else 0)
-
+        rows = []
         for cut in launches:
-            v, floor = variants[cut], self.floor / 1e3
-            floored = seconds(dense, floor) / seconds(cut, floor) if profiles[cut] and profiles[dense] else 0.0
-            yield Row(
-                name, backend, batch, cut.ratio, cut.rounding, v.certificate, errors[cut], v.macs, seconds(dense) / seconds(cut), floored,
-                times[cut], times[dense] / times[cut], profiles[cut],
-            )  # fmt: skip
+            v, predicted = variants[cut], variants[dense].seconds(batch, self.peaks) / variants[cut].seconds(batch, self.peaks)
+            speedup = times[dense] / times[cut]
+            row = Row(name, backend, batch, cut.ratio, cut.rounding, v.certificate, errors[cut], v.macs, predicted, 0.0, times[cut], speedup, None)
+            rows.append(row)
+            print_row(row, time.monotonic() - self.start)
+        profiles = [self._profile(plain[cut]) for cut in launches] if self.floor else []
+        if not profiles or not all(profiles):
+            return rows
+        floored = [variants[cut].seconds(batch, self.peaks, self.floor / 1e3, found.kernels) for cut, found in zip(launches, profiles) if found]
+        rows = [replace(row, floored=floored[0] / it, profile=found) for row, it, found in zip(rows, floored, profiles)]
+        for row in rows:
+            print_profile(row)
+        return rows
 
     def _profile(self, launch: Callable[[], Any]) -> Profile | None:
-        if not self.floor:
-            return None
         try:
             found = profile(launch, self.floor)
         except Exception as problem:  # the times are still worth having
@@ -428,13 +435,18 @@ def show(rows: list[Row]) -> None:
 
 
 def print_row(row: Row, clock: float) -> None:
-    found = row.profile
-    kinds = f" kernels {found.kernels} ({found.short} short) busy {found.busy:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in found.by_kind.items()) if found else ""
     print(
         f"[{clock:4.0f} s] {row.network:14} {row.backend:15} batch {row.batch:3} ratio {row.cut:11} certificate {row.certificate:>5} error {row.error:.0e} "
-        f"MACs {row.macs:.2f} predicted {row.predicted:.2f}x (floor {row.floored:.2f}x) {row.ms:8.3f} ms {row.speedup:.2f}x share {row.share:.0%}{kinds}",
+        f"MACs {row.macs:.2f} predicted {row.predicted:.2f}x {row.ms:8.3f} ms {row.speedup:.2f}x share {row.share:.0%}",
         flush=True,
     )
+
+
+def print_profile(row: Row) -> None:
+    found = row.profile
+    assert found is not None
+    kinds = " ".join(f"{kind} {ms:.3f}" for kind, ms in found.by_kind.items())
+    print(f"    ratio {row.cut:11} {found.kernels} kernels ({found.short} short) busy {found.busy:.3f}: {kinds}; with floor {row.floored:.2f}x", flush=True)
 
 
 def widths_here(library: str, device: str) -> Widths:
@@ -448,6 +460,14 @@ def widths_here(library: str, device: str) -> Widths:
     except Exception as problem:
         print(f"widths of {library} cannot be measured: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
         return RULE
+
+
+def apart(call: Callable[..., Any], *args: Any) -> Any:
+    """In a process of its own, so that a fault on the GPU ends one case alone; the libraries are imported once for all."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(call, *args).result()
 
 
 def _on_cpu() -> None:
@@ -467,6 +487,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU")
     options = parser.parse_args()
     start = time.monotonic()
+    os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}  # a profiler that comes and goes breaks CUDA graphs
     device = "cpu" if options.smoke else "cuda"
     names = options.networks.split(",") if options.networks else list(SMOKE if options.smoke else NETWORKS)
     batches = [int(it) for it in (options.batches or ("1,3" if options.smoke else "64,1")).split(",")]
@@ -475,7 +496,7 @@ def main() -> None:
         cases = [(name, int(batch)) for name, _, batch in (case.partition("@") for case in options.cases.split(","))]
     backends = options.backends.split(",") if options.backends else [b for b in BACKENDS if "+" not in b]
     title = "CPU" if options.smoke else torch.cuda.get_device_name()
-    bench = Bench(device, next((v for k, v in PEAKS.items() if k in title), (2e12, 300e12)), 0.0 if options.smoke else floor_of_a_kernel())
+    bench = Bench(device, next((v for k, v in PEAKS.items() if k in title), (2e12, 300e12)), 0.0 if options.smoke else floor_of_a_kernel(), start)
     print(f"{title}, fp16, torch {torch.__version__}; a kernel of a CUDA graph takes at least {1e3 * bench.floor:.2f} us", flush=True)
     libraries = {"onnxruntime" if b.startswith("ort") else "torch" for b in backends}
     if "onnxruntime" in libraries:
@@ -535,16 +556,14 @@ def main() -> None:
                     if cut.ratio and made.folder not in told:
                         print(f"    {name} {cut} ({cut.library}): {made.kept}", flush=True)
                         told.add(made.folder)
-                for row in bench.measure(name, variants, files, backend, batch):
-                    rows.append(row)
-                    print_row(row, time.monotonic() - start)
+                found_rows = apart(bench.measure, name, variants, files, backend, batch)
+                rows += found_rows
+                for row in found_rows:
                     if options.json:
                         with open(options.json, "a") as log:
                             log.write(json.dumps(asdict(row) | {"share": row.share}) + "\n")
             except Exception as problem:  # the other rows are still worth having
                 print(f"{name} {backend} batch {batch}: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
         show(rows)
         if bench.floor:
             print(f"a kernel of a CUDA graph takes {1e3 * floor_of_a_kernel():.2f} us after the profiles, {1e3 * bench.floor:.2f} us before them", flush=True)
