@@ -233,8 +233,8 @@ class Runner:
         module = variant.module().eval().to(self.device).half()
         call = module
         if self.backend == "compile":
-            torch._dynamo.reset()
-            call = torch.compile(module, backend="inductor" if self.device == "cuda" else "aot_eager")
+            torch._dynamo.config.recompile_limit = 64  # variants are modules of one class; a reset between them would free kernels in use
+            call = torch.compile(module, backend="inductor" if self.device == "cuda" else "aot_eager", dynamic=False)
         with torch.no_grad():
             found = first(call(data))
         if self.device == "cpu":
