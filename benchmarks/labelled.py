@@ -17,6 +17,8 @@ protocol: a second run fills what is missing.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import gzip
 import hashlib
 import io
@@ -320,6 +322,8 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     arguments: dict[str, Any] = dict(cell.arguments)
     if "left" in arguments:
         arguments = {"budget": {"macs": arguments["left"]}, "round_to": 4}
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed
     before, start, began = _memory(fresh=True)["VmRSS"], time.perf_counter(), time.process_time()
     data = subject.batches if recipe.data or recipe.noise else None
     result = gp.compile(program, recipe=recipe, calibration_data=data, loss=subject.loss, verify=False, progress=False, **arguments)

@@ -86,7 +86,10 @@ def test_nothing_of_the_users_is_written_and_no_shape_changes(name, repair):
         new = mended.weights[key].tensor
         assert new.shape == value.tensor.shape and new.dtype == value.tensor.dtype and type(new) is type(value.tensor)
         assert new.requires_grad == value.tensor.requires_grad
-    kinds = {"bn": ("running_mean", "running_var"), "bias": ("bias",), "removed_mean": ("bias",), "least_squares": ("weight", "bias")}[repair]
+    kinds = {
+        "bn": ("running_mean", "running_var"), "bias": ("bias",), "removed_mean": ("bias", "running_mean"),
+        "least_squares": ("weight", "bias", "running_mean"),
+    }[repair]  # fmt: skip
     assert all(key.endswith(kinds) for key in moved)
     (x,) = samples(program, 1)[0]
     torch.testing.assert_close(mended.source.graph_module(x), run(mended, [x])[0])
@@ -135,6 +138,79 @@ def test_removed_mean_adds_what_removed_inputs_gave_and_follows_nothing_else():
     torch.testing.assert_close(mended.weights["2.bias"].tensor, expected.detach())
     moved = {k for k, v in mended.weights.items() if not torch.equal(v.tensor, plain.weights[k].tensor)}
     assert moved == {"2.bias"}
+
+
+class Apart(nn.Module):
+    """A product whose bias is an addition of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+WITHOUT_BIAS = {
+    "batch norm": (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), (5, 3, 8, 8)),
+    "batch norm without scale": (nn.Linear(3, 6), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4, affine=False), (16, 3)),
+    "addition": (nn.Linear(3, 6), Apart(), nn.Identity(), (16, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BIAS)
+@pytest.mark.parametrize("dialect", ["aten", "onnx"])
+@pytest.mark.parametrize("repair", ["removed_mean", "least_squares"])
+def test_where_a_layer_has_no_bias_what_comes_after_it_takes_up_the_mean(tmp_path, kind, dialect, repair):
+    first, second, third, shape = WITHOUT_BIAS[kind]
+    net = nn.Sequential(first, nn.ReLU(), second, third, nn.ReLU(), nn.Flatten()).eval()
+    if hasattr(third, "running_mean"):
+        third.running_mean.uniform_(-1, 1)  # zeros would be one constant with the zeros of an absent bias
+    data = [[torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1] for seed in range(3)]
+    program = capture_torch(net, (data[0][0],))
+    if dialect == "onnx":
+        torch.onnx.export(net, (data[0][0],), tmp_path / "net.onnx", dynamo=True, verbose=False)
+        program = capture_onnx(tmp_path / "net.onnx")
+    cut = Cut(program.analysis, {next(g.name for g in program.groups if g.size == 6): [1, 4]})
+    pruned = apply_cut(program, cut)
+    last = next(node for node in program.nodes if node.op_type in ("relu", "Relu") and node.outputs[0].shape[1] == 4)
+
+    def mean(of: Program) -> torch.Tensor:
+        """Of what the second layer and what follows it give, channel by channel."""
+        found = []
+
+        def intercept(node, args, compute):
+            if node.name == last.name:
+                found.append(next(x for x in args.values() if isinstance(x, torch.Tensor)).transpose(0, 1).flatten(1))
+            return compute(args)
+
+        for (x,) in data:
+            run(of, [x], intercept=intercept)
+        return torch.cat(found, 1).mean(1)
+
+    wanted, before = mean(program), mean(pruned)
+    after = mean(repaired(program, cut, pruned, (repair,), data))
+    assert (before - wanted).abs().max() > 1e-2
+    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_others_read_takes_up_nothing():
+    class Twice(nn.Module):
+        """The batch norm reads the product, and so does the result."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(3, 6), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.second(self.first(x).relu())
+            return self.norm(y) + y
+
+    data = [[torch.randn(16, 3) + 1]]
+    program = capture_torch(Twice().eval(), (data[0][0],))
+    cut = Cut(program.analysis, {next(g.name for g in program.groups if g.size == 6): [1, 4]})
+    plain, mended = apply_cut(program, cut), repaired(program, cut, apply_cut(program, cut), ("removed_mean",), data)
+    assert all(torch.equal(v.tensor, plain.weights[k].tensor) for k, v in mended.weights.items())
 
 
 def test_batch_norm_follows_a_shift_and_a_scale():

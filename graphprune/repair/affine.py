@@ -62,6 +62,8 @@ def _batch_norm(x: str, weight: str, bias: str) -> Callable[[Node], Affine | Non
 AFFINE: Mapping[tuple[str, str], Callable[[Node], Affine | None]] = {
     ("aten", "linear"): _named("input", "weight", "bias", lambda node: -1),
     ("aten", "addmm"): _scaled_sum("mat1", "mat2", "self"),
+    ("aten", "matmul"): _named("self", "other", "", lambda node: -1),
+    ("aten", "mm"): _named("self", "mat2", "", lambda node: -1),
     **{("aten", f"conv{t}{n}d"): _named("input", "weight", "bias", _spatial("weight")) for t in ("", "_transpose") for n in (1, 2, 3)},
     ("aten", "batch_norm"): _batch_norm("input", "weight", "bias"),
     ("aten", "add"): _addition("self", "other"),
@@ -71,6 +73,9 @@ AFFINE: Mapping[tuple[str, str], Callable[[Node], Affine | None]] = {
     ("", "BatchNormalization"): _batch_norm("X", "scale", "B"),
     ("", "Add"): _addition("A", "B"),
 }
+
+
+RUNNING_MEAN = {("aten", "batch_norm"): "running_mean", ("", "BatchNormalization"): "input_mean"}
 
 
 def _parameter(value: object, rank: int | None = None) -> Value | None:
@@ -83,3 +88,26 @@ def affine(node: Node) -> Affine | None:
     """The operands of an affine node, or None."""
     read = AFFINE.get(node.op)
     return read(node) if read is not None and node.outputs[0].shape else None
+
+
+def offset(node: Node) -> tuple[Value, float] | None:
+    """What a constant that is added to the result of a linear map, channel by channel, can go into, and with which sign.
+
+    Its own bias; where it has none, that of the addition, or the running mean of the batch norm, that is all that reads it.
+    """
+    own = affine(node)
+    if own is not None and own.bias is not None:
+        return own.bias, 1.0
+    if own is None or len(node.outputs[0].uses) != 1:
+        return None
+    (reader,) = node.outputs[0].uses
+    found = affine(reader)
+    if found is None or found.x is not node.outputs[0] or found.channel != own.channel:
+        return None
+    if reader.op in RUNNING_MEAN:
+        mean = reader.args.get(RUNNING_MEAN[reader.op])
+        alone = isinstance(mean, Value) and mean.is_weight and len(mean.uses) == 1
+        train = reader.args.get("training") or reader.args.get("training_mode")
+        return (mean, -1.0) if alone and not train else None  # type: ignore[return-value]
+    alone = found.weight is None and found.bias is not None and len(found.bias.uses) == 1
+    return (found.bias, 1.0) if alone and found.bias is not None else None

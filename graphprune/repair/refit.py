@@ -5,9 +5,9 @@ kept weights is
 
     W_k' = W_k + W_r C_rk (C_kk + lambda I)^-1
 
-with the moments taken about the mean, and the bias taking up the mean, where there is a bias. It is the optimal brain surgeon update of all
-removed weights of a row at once (Hassibi and Stork 1993; used so by He et al. 2017, arXiv 1707.06168). All layers are fitted to the inputs
-that the original network gives them, in one pass over the data.
+with the moments taken about the mean, and the bias taking up the mean, where there is a bias or what is as good (`offset`). It is the
+optimal brain surgeon update of all removed weights of a row at once (Hassibi and Stork 1993; used so by He et al. 2017, arXiv 1707.06168).
+All layers are fitted to the inputs that the original network gives them, in one pass over the data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from graphprune.calibration.statistics import weight_of
 from graphprune.execute.interpreter import Compute, run
 from graphprune.linear_maps import LinearMap, columns, linear_maps
 from graphprune.program import Node, Program, Value
-from graphprune.repair.affine import affine
+from graphprune.repair.affine import offset
 from graphprune.repair.moments import kept, working_dtype
 from graphprune.surgery.cut import Cut
 
@@ -52,24 +52,26 @@ def least_squares(program: Program, cut: Cut, pruned: Program, data: Any) -> dic
 
 def removed_mean(program: Program, cut: Cut, pruned: Program, data: Any) -> dict[str, Tensor]:
     """New biases of the linear maps without groups that lost inputs: `b + W_r E[x_r]`, with the inputs that the original network has.
+    Where a layer has none, the addition or the batch norm after it takes that up, if one does.
 
     As in An et al. 2023, arXiv 2312.11983. Unlike the repair "bias" it does not follow the pruned network: what removals upstream do to
     kept inputs is left alone.
     """
     layers = {
         node: linear for node, linear in _lost_inputs(program, cut, pruned).items()
-        if (found := affine(node)) is not None and found.bias is not None and found.bias.name in pruned.weights
+        if (found := offset(node)) is not None and found[0].name in pruned.weights
     }  # fmt: skip
     out: dict[str, Tensor] = {}
     for linear, moments in _observed(program, layers, data, Moments):
-        found, axis = affine(linear.node), 1 - linear.input_axis
-        assert found is not None and found.bias is not None and moments.mean is not None
+        found, axis = offset(linear.node), 1 - linear.input_axis
+        assert found is not None and moments.mean is not None
+        name, sign = found[0].name, found[1]
         dense = kept(weight_of(linear.weight), cut, linear.weight, axis, axis).double()
         gone = ~_stays(cut, linear, dense.device)
-        bias = pruned.weights[found.bias.name].tensor
+        bias = pruned.weights[name].tensor
         assert bias is not None
         lost = linear.matrix(dense)[0][:, gone] @ moments.mean[0].double()[gone]
-        out[found.bias.name] = out.get(found.bias.name, bias.detach().double()) + lost
+        out[name] = out.get(name, bias.detach().double()) + sign * lost
     return out
 
 
@@ -114,8 +116,8 @@ def _refit(cut: Cut, linear: LinearMap, gram: Gram, pruned: Program) -> dict[str
     dense = kept(weight.tensor.detach(), cut, weight, output_axis, output_axis).double()
     rows = linear.matrix(dense)[0]  # (outputs, inputs)
     square, mean = (gram.square / gram.count[..., None])[0].double(), gram.mean[0].double()
-    found = affine(linear.node)
-    bias = pruned.weights.get(found.bias.name) if found is not None and found.bias is not None else None
+    found = offset(linear.node)
+    bias = pruned.weights.get(found[0].name) if found is not None else None
     if bias is not None:
         square = square - torch.outer(mean, mean)
     stays = _stays(cut, linear, rows.device)
@@ -130,7 +132,7 @@ def _refit(cut: Cut, linear: LinearMap, gram: Gram, pruned: Program) -> dict[str
         log.warning("least_squares: the inputs of %s are not finite; it keeps its weights", weight.name)
         return {}
     out = {weight.name: shaped.contiguous()}
-    if bias is not None:
+    if found is not None and bias is not None:
         assert bias.tensor is not None
-        out[bias.name] = bias.tensor.detach().double() + rows @ mean - new @ mean[stays]
+        out[bias.name] = bias.tensor.detach().double() + found[1] * (rows @ mean - new @ mean[stays])
     return out
