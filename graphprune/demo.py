@@ -36,8 +36,8 @@ WORDS = (
 def run(ratio: float = 0.2, out: Path | None = None, lines: int = 60, samples: int = 24) -> Report:
     """Prune the recogniser, save it, read text with both models; the report holds quality and measured latency.
 
-    Units are scored by their effect on the output (Taylor), weights that read what is left are refitted by least squares, both on `samples`
-    drawn lines. Nothing is trained.
+    Units are scored by how well what is left can stand in for them (`obspa`), and weights that read it are refitted by least squares, both
+    on `samples` drawn lines. Nothing is trained.
 
     Raises:
         MissingExtra: if the package with the model is not installed.
@@ -51,8 +51,7 @@ def run(ratio: float = 0.2, out: Path | None = None, lines: int = 60, samples: i
         str(source),
         calibration[0],
         pruning_ratio=ratio,
-        importance="taylor",
-        repair=("least_squares",),
+        recipe="obspa",
         calibration_data=batches,
         backend="onnxruntime",
     )
