@@ -16,6 +16,7 @@ from graphprune.capture.torch_export import capture_torch
 from graphprune.execute.likeness import distance, random_inputs
 from graphprune.program import Program
 from graphprune.surgery import Cut, apply_cut, torch_graph
+from graphprune.verify import certificate as certificate_file
 from graphprune.verify.certificate import certify, shifted_control
 from tests.zoo import TINY
 
@@ -143,6 +144,50 @@ def test_a_cut_that_shows_at_no_scale_is_not_tested() -> None:
     original, cut = faint(-1.0)
     certificate = certify(original, apply_cut(original, cut), cut)
     assert certificate.status == "not tested" and not certificate.notes
+
+
+class Barred(nn.Module):
+    """A threshold that inputs of the usual size do not reach: until then the output is a constant."""
+
+    def __init__(self, bar: float) -> None:
+        super().__init__()
+        self.up, self.down, self.bar = nn.Linear(4, 8), nn.Linear(8, 3, bias=False), bar
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x) - self.bar))
+
+
+@pytest.mark.parametrize("bar, status, runs", [(20.0, "passed", 2), (1e9, "not tested", 1)])
+def test_where_inputs_do_not_move_the_output_the_masked_network_is_not_run_again(
+    bar: float, status: str, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original = capture_torch(Barred(bar).eval(), (torch.randn(2, 4),))
+    cut = Cut(original.analysis, {g.name: [0, 3] for g in original.groups if g.kind != "layer"})
+    made, done = certificate_file.masked, []
+
+    def counted(*arguments: object) -> object:
+        network = made(*arguments)  # type: ignore[arg-type]
+        return lambda inputs: (done.append(1), network(inputs))[1]
+
+    monkeypatch.setattr(certificate_file, "masked", counted)
+    certificate = certify(original, apply_cut(original, cut), cut, seeds=(0,))
+    assert certificate.status == status and len(done) == runs, str(certificate)
+
+
+def test_a_wrong_network_has_no_say_in_what_counts_as_rounding() -> None:
+    """A pruned network that magnifies rounding is judged by the floor of the masked one."""
+    original = program("mlp")
+    cut = Cut(original.analysis, some_units(original, 0.34))
+    pruned = apply_cut(original, cut)
+    honest = certify(original, pruned, cut)
+    assert honest.passed and honest.floor < 1e-12
+    steep = max((v for v in pruned.weights.values() if v.is_weight), key=lambda v: v.tensor.numel())  # type: ignore[union-attr]
+    with torch.no_grad():
+        steep.tensor.mul_(1e12)  # type: ignore[union-attr]
+    wrong = certify(original, pruned, cut)
+    assert wrong.status == "failed" and wrong.floor < 1e-12
 
 
 def test_permuting_units_changes_nothing() -> None:

@@ -31,12 +31,16 @@ def run(
         dtype: every floating-point tensor and every floating dtype in an argument becomes this one.
         intercept: called as `intercept(node, args, compute)` in place of every node; `compute(args)` runs it.
     """
-    execution, last = Execution(program, inputs, Tensors(tensors, dtype), intercept), last_use(program)
+    held = Tensors(tensors, dtype)
+    execution, last = Execution(program, inputs, held, intercept), last_use(program)
+    copies = last_weights(program) if dtype is not None else {}  # in another type: each lives as long as it is read
     trains = _wants_grad((tensors or {}).values()) or (torch.is_grad_enabled() and _wants_grad(inputs))
     with torch.enable_grad() if trains else torch.no_grad():
         for i, node in enumerate(program.nodes):
             execution.step(node)
             execution.forget(last.get(i, ()))
+            for value in copies.get(node, ()):
+                held.forget(value)
         return execution.outputs()
 
 
