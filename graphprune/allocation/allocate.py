@@ -245,7 +245,7 @@ class Step(NamedTuple):
 
     turn: float  # of the last unit to go
     candidate: int
-    count: int  # number of units gone after it
+    gone: int  # number of units, after it
 
 
 class Steps:
