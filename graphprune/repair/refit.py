@@ -5,7 +5,7 @@ kept weights is
 
     W_k' = W_k + W_r C_rk (C_kk + lambda I)^-1
 
-with the moments taken about the mean, and the bias taking up the mean, where there is a bias or what is as good (`offset`). It is the
+with the moments taken about the mean, and the bias taking up the mean, where there is a bias. It is the
 optimal brain surgeon update of all removed weights of a row at once (Hassibi and Stork 1993; used so by He et al. 2017, arXiv 1707.06168).
 All layers are fitted to the inputs that the original network gives them, in one pass over the data.
 """
@@ -25,7 +25,7 @@ from graphprune.calibration.statistics import weight_of
 from graphprune.execute.interpreter import Compute, run
 from graphprune.linear_maps import LinearMap, columns, linear_maps
 from graphprune.program import Node, Program, Value
-from graphprune.repair.affine import offset
+from graphprune.repair.affine import affine, offset
 from graphprune.repair.moments import kept, working_dtype
 from graphprune.surgery.cut import Cut
 
@@ -116,8 +116,8 @@ def _refit(cut: Cut, linear: LinearMap, gram: Gram, pruned: Program) -> dict[str
     dense = kept(weight.tensor.detach(), cut, weight, output_axis, output_axis).double()
     rows = linear.matrix(dense)[0]  # (outputs, inputs)
     square, mean = (gram.square / gram.count[..., None])[0].double(), gram.mean[0].double()
-    found = offset(linear.node)
-    bias = pruned.weights.get(found[0].name) if found is not None else None
+    found = affine(linear.node)  # its own bias alone: a fit about the mean that a later batch norm has to keep is worse after deep cuts
+    bias = pruned.weights.get(found.bias.name) if found is not None and found.bias is not None else None
     if bias is not None:
         square = square - torch.outer(mean, mean)
     stays = _stays(cut, linear, rows.device)
@@ -132,7 +132,7 @@ def _refit(cut: Cut, linear: LinearMap, gram: Gram, pruned: Program) -> dict[str
         log.warning("least_squares: the inputs of %s are not finite; it keeps its weights", weight.name)
         return {}
     out = {weight.name: shaped.contiguous()}
-    if found is not None and bias is not None:
+    if bias is not None:
         assert bias.tensor is not None
-        out[bias.name] = bias.tensor.detach().double() + found[1] * (rows @ mean - new @ mean[stays])
+        out[bias.name] = bias.tensor.detach().double() + rows @ mean - new @ mean[stays]
     return out
