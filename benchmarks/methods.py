@@ -8,7 +8,8 @@ grid of 4-bit quantisation: ties of magnitude are common, broken by position). C
 texts of the Brown corpus for SmolLM2), a draw per seed; perplexity is that of held-out documents. Single weights at half of all weights
 (unstructured and 2:4); units until 85 % and 61 % of all parameters are left, equal for all methods (a ratio of units is not: where a layer
 has two groups of keys and values, a fifth of them is none, and a global threshold takes one), in multiples of 8 (any number of Mamba-2's
-heads). No training. What the published order is claimed for runs with three draws. Cells are
+heads). No training. Three draws for weights and for the best methods of units, these at 90 % and 70 % too. Latency is that of one
+calibration batch, taken after all else by one process, in turns with the dense network, a graph replayed where there is a GPU. Cells are
 lines of JSON, keyed by sources, weights and protocol: a second run fills what is missing. Proofs are switched off here and made by the tests.
 """
 
@@ -24,7 +25,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,11 +37,15 @@ from torch import Tensor, nn
 WINDOW, CALIBRATION, BATCH = 512, 64, 8  # tokens of a sequence, sequences, and those of one call unless told otherwise
 SPARSE: tuple[dict[str, Any], ...] = ({"sparsity": 0.5, "pattern": "unstructured"}, {"pattern": "2:4"})
 UNITS: tuple[dict[str, Any], ...] = {"left": "85%"}, {"left": "61%"}  # of the parameters
+BETWEEN: tuple[dict[str, Any], ...] = {"left": "90%"}, {"left": "70%"}
 ROUND_TO = {"mamba2": 1}  # whole heads, of which there are 12; elsewhere 8
 SEEDS = (0, 1, 2)
-ORDERED = ("magnitude", "wanda", "sparsegpt", "mrp"), ("tyr",), ("group_l2", "wanda_sp", "flap"), ("tyr_local", "spa_l1", "obspa")
-THRICE = ("wanda", "sparsegpt", "mrp", "wanda_sp", "flap")
+OURS = "slice_refit"
+BEST = (OURS, "slicegpt", "tyr_local", "obspa", "wanda_sp", "flap", "group_l2")  # of units, and what they are compared with
+SPARSE_METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
+SEARCHES = ("tyr", "blockpruner")
 LAST = ("icbs",)  # minutes
+ORDERED = SPARSE_METHODS, SEARCHES, BEST
 
 
 # ---- models and text
@@ -70,7 +75,7 @@ class Subject:
     def perplexity(self, module: nn.Module) -> float:
         from benchmarks.train_small import perplexity
 
-        return perplexity(module, self.test)
+        return perplexity(module, self.test, self.batch)  # the size of the capture: some cuts leave a graph of fixed shapes
 
     @property
     def weights(self) -> str:
@@ -172,7 +177,7 @@ class Cell:
 
 
 def compositions() -> dict[str, Any]:
-    """The published recipes, and what is put together of their parts here."""
+    """The published recipes, and what else is put together of their parts for networks without a stream to rotate."""
     from graphprune.allocation import Global
     from graphprune.importance import IMPORTANCES
     from graphprune.importance.surgeon import Surgeon
@@ -189,19 +194,29 @@ def compositions() -> dict[str, Any]:
 
 
 def cells(models: Sequence[str], names: Sequence[str], draws: int = len(SEEDS)) -> list[Cell]:
-    """What the published order is about comes first, the longest search last."""
-    recipes = compositions()
-    order = [*ORDERED, tuple(n for n in recipes if not any(n in part for part in (*ORDERED, LAST))), LAST]
+    """In the order of importance, for runs that time ends."""
+    from graphprune.recipes import RECIPES
+
     found = [Cell(model, kind) for model in models for kind in ("dense", "sibling") if kind == "dense" or model in SIBLINGS]
-    for part in order:
-        for seed in SEEDS[:draws]:
-            for name in part:
-                if (names and name not in names) or (seed and name not in THRICE):
-                    continue
-                recipe = recipes[name]
-                for arguments in levels(recipe):
-                    for data in (True, False) if recipe.noise else (True,):  # with noise in place of data
-                        found += [Cell(model, name, tuple(arguments.items()), seed, data) for model in models]
+
+    def take(recipes: Iterable[str], seeds: Sequence[int] = SEEDS[:1], at: Sequence[dict[str, Any]] | None = None) -> None:
+        for seed in seeds:
+            for name in recipes if seed < draws else ():
+                recipe = RECIPES[name]
+                for arguments in at or levels(recipe):
+                    for data in (True, False) if recipe.noise and seed == 0 and at is None else (True,):  # with noise in place of data
+                        if not names or name in names:
+                            found.extend(Cell(model, name, tuple(arguments.items()), seed, data) for model in models)
+
+    take(BEST)
+    take(SPARSE_METHODS)
+    take(SEARCHES)
+    take(name for name in RECIPES if name not in (*BEST, *SPARSE_METHODS, *SEARCHES, *LAST))
+    take(BEST[:-1], SEEDS[1:])
+    take(BEST, SEEDS[:1], BETWEEN)
+    take(SPARSE_METHODS[1:], SEEDS[1:])
+    take(BEST[:-1], SEEDS[1:], BETWEEN)
+    take(LAST)
     return list(dict.fromkeys(found))
 
 
@@ -224,6 +239,7 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     """One cell: prune, then read the test text; or why not."""
     import graphprune as gp
     from graphprune import costs
+    from graphprune.recipes import RECIPES
 
     cuda = options.device == "cuda"
     if cell.recipe in ("dense", "sibling"):
@@ -233,7 +249,7 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
             module, program = other.module, other.program
         size = costs.footprint(program)
         return {"perplexity": subject.perplexity(module), "params": size.params, "macs": size.macs, "zeros": 0}
-    recipe = compositions()[cell.recipe]
+    recipe = RECIPES[cell.recipe]
     data = subject.calibration(cell.seed) if cell.data and (recipe.data or recipe.noise) else None
     program = subject.program
     program.analysis  # noqa: B018  not part of what the recipe costs
@@ -247,8 +263,7 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     result = gp.compile(program, recipe=recipe, calibration_data=data, verify=False, **arguments)
     seconds = time.perf_counter() - start - result.report.seconds.get("measure", 0.0)
     peak = torch.cuda.max_memory_allocated() if cuda else 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    before, after = result.report.before, result.report.after
-    latency = {"dense_ms": before.latency.median_ms, "ms": after.latency.median_ms} if before.latency and after.latency else {}
+    after = result.report.after
     masks = result.plan.masks.values()
     return {
         "perplexity": subject.perplexity(result.module),
@@ -257,7 +272,7 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
         "zeros": sum(int((~m).sum()) for m in masks),
         "seconds": seconds,
         "peak_mb": peak / 1e6,
-        **latency,
+        "gone": {name: len(units) for name, units in result.plan.removed.items() if units},
     }
 
 
@@ -296,7 +311,7 @@ def work(tasks: Any, results: Any, options: argparse.Namespace, end: float) -> N
     torch.set_num_threads(2 if options.device == "cuda" else 1)
     from graphprune import api
 
-    api.MEASURE_SECONDS = 0.2
+    api.MEASURE_SECONDS = 0.0  # other workers disturb: `latencies` comes after them
     subjects: dict[str, Subject] = {}
     while (cell := tasks.get()) is not None:
         left = end - time.time()
@@ -364,6 +379,86 @@ def fill(wanted: Sequence[Cell], options: argparse.Namespace, add: Callable[[dic
             process.terminate()
 
 
+# ---- latency
+
+
+def latencies(rows: Sequence[dict[str, Any]], options: argparse.Namespace, add: Callable[[dict[str, Any]], None], end: float) -> None:
+    """Milliseconds of every cut, by itself on the device, in turns with the dense network; equal shapes once, the best cells first."""
+    import graphprune as gp
+    from graphprune import api
+
+    api.MEASURE_SECONDS = 0.0
+    subjects: dict[str, Subject] = {}
+    known = {_shape(row): row for row in rows if "ms" in row}
+    wanted = [row for row in latest(rows) if row.get("gone") and "ms" not in row and row["model"] in options.models.split(",")]
+    for row in sorted(wanted, key=lambda r: (r["seed"], r["what"] not in ("85% left", "61% left"), r["perplexity"])):
+        if time.time() > end:
+            return
+        found = known.get(_shape(row))
+        if found is None:
+            try:
+                if row["model"] not in subjects:
+                    subjects[row["model"]] = SUBJECTS[row["model"]](row["model"], options)
+                subject = subjects[row["model"]]
+                removed = {name: range(count) for name, count in row["gone"].items()}
+                plan = gp.Plan.of(subject.program, removed)
+                module = gp.apply(subject.program, plan, verify=False).module
+                both, inputs = (subject.module, module), subject.calibration(0)[0]
+                try:
+                    calls = [launch(m, inputs, graph=subject.device == "cuda") for m in both]
+                except RuntimeError:  # something in it cannot be recorded
+                    calls = [launch(m, inputs, graph=False) for m in both]
+                dense, pruned = in_turns(calls, subject.device)
+            except Exception as why:
+                print(f"{row['model']} {row['recipe']} {row['what']}: no latency ({type(why).__name__}: {str(why)[:120]})", flush=True)
+                continue
+            found = known[_shape(row)] = {"ms": pruned, "dense_ms": dense}
+        add(row | {"ms": found["ms"], "dense_ms": found["dense_ms"]})
+
+
+def _shape(row: dict[str, Any]) -> Any:
+    """Equal for networks of equal shapes: layers of one kind may be exchanged."""
+    gone = sorted((name.rpartition(":")[2], count) for name, count in row.get("gone", {}).items())
+    return row["model"], str(gone)
+
+
+def launch(module: nn.Module, inputs: dict[str, Tensor], graph: bool) -> Callable[[], Any]:
+    """One forward pass; `graph`: the replay of a recorded one, so that its kernels are timed and not their launches."""
+
+    def call() -> Any:
+        with torch.no_grad():
+            return module(**inputs, use_cache=False)
+
+    call()
+    if not graph:
+        return call
+    recorded, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(recorded):
+        call()
+    return recorded.replay
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], device: str, rounds: int = 21) -> list[float]:
+    """Median milliseconds of each."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range((rounds if device == "cuda" else 5) + 1):
+        for i, call in enumerate(calls):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[i].append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(found) for found in times]
+
+
 # ---- reading them
 
 
@@ -391,7 +486,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 # (at, better, worse): perplexity of the first is claimed to be no larger
 ORDER = (
-    ("0.5", "wanda", "magnitude"), ("0.5", "sparsegpt", "wanda"), ("0.5", "mrp", "wanda"), ("2:4", "mrp", "sparsegpt"),
+    ("0.5", "wanda", "magnitude"), ("0.5", "sparsegpt", "wanda"), ("0.5", "mrp", "wanda"), ("2:4", "mrp", "sparsegpt"), ("2:4", "sparsegpt", "wanda"), ("2:4", "wanda", "magnitude"),
     *((left, *pair) for left in ("85% left", "61% left") for pair in (("flap", "wanda_sp"), ("wanda_sp", "group_l2"), ("tyr", "tyr_local"))),
     ("85% left, no data", "obspa", "spa_l1"), ("61% left, no data", "obspa", "spa_l1"),
 )  # fmt: skip
@@ -410,12 +505,14 @@ def checks(rows: Sequence[dict[str, Any]]) -> str:
             a, b = middle.get((model, better, at)), middle.get((model, worse, at.split(",")[0]))
             if a is not None and b is not None:
                 out.append(f"{model:8} {at:12} {better} {a:.2f} <= {worse} {b:.2f}: {'holds' if a <= b else 'does not hold'}")
-        own = {n: v for n, v in middle.items() if n[0] == model and n[1].startswith("own_")}
-        for at in ("85% left", "61% left"):
-            mine = min(((v, n[1]) for n, v in own.items() if n[2] == at), default=None)
-            others = [(v, n[1]) for n, v in middle.items() if n[0] == model and n[2].split(",")[0] == at and not n[1].startswith("own_")]
-            if mine and others:
-                out.append(f"{model:8} {at:12} own: {mine[1]} {mine[0]:.2f}; best published: {min(others)[1]} {min(others)[0]:.2f}")
+        times = {(r["recipe"], r["what"]): r["dense_ms"] / r["ms"] for r in latest(rows) if "ms" in r and r["model"] == model}
+        for at in ("90% left", "85% left", "70% left", "61% left"):
+            found_here = sorted((v, n[1]) for n, v in middle.items() if n[0] == model and n[2] == at)
+            if any(name == OURS for _, name in found_here):
+                best = [f"{name} {v:.2f}" + (f" {times[name, at]:.2f}x" if (name, at) in times else "") for v, name in found_here[:5]]
+                mine = next(v for v, name in found_here if name == OURS)
+                best += [] if any(OURS in b for b in best) else [f"{OURS} {mine:.2f}"]
+                out.append(f"{model:8} {at:12} best: {', '.join(best)}")
     return "\n".join(["published order, medians over seeds:", *out])
 
 
@@ -431,6 +528,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="calibration sequences of one call: 1 costs a CPU least")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e6, help="of the whole run")
+    parser.add_argument("--timing", type=float, default=120, help="seconds of timing the cuts, after all else")
     parser.add_argument("--cell", type=float, default=600, help="seconds of one cell at most")
     parser.add_argument("--results", type=Path, default=Path("results/methods.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="a few short sequences")
@@ -450,8 +548,10 @@ def main() -> None:
     if not options.table:
         print(HEAD, flush=True)
         wanted = cells(options.models.split(","), options.recipes, options.draws)
+        end = time.time() + options.seconds
         fill([cell for cell in wanted if not (cell.what and options.at) or cell.what in options.at.split(",")], options, add)
-    print(table(rows))
+        latencies(rows, options, add, end + options.timing)
+    print(table(rows))  # the latest of each cell
     print(checks(rows))
     sys.stdout.flush()
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.errors import InvalidInput
+from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.execute.interpreter import run
 from graphprune.prepare import rotated
 from graphprune.repair.rotation import principal, stream_of
+from graphprune.verify.candidates import divergence
 from tests.randomise import randomise, seeded
 from tests.zoo import TINY, ChunkGLU, Decoder, SwiGLU
 
@@ -135,3 +136,27 @@ def test_layer_norms_do_not_commute():
     model.blocks[1].norm1 = nn.LayerNorm(44)
     with pytest.raises(InvalidInput, match=r"layer_norm at blocks\.1\.norm1 does not commute with a rotation: only RMS norms do"):
         rotated(gp.capture(model, x))
+
+
+# ---- our own composition
+
+
+@pytest.mark.parametrize("name", ["swiglu", "llama"])
+def test_stream_and_insides_are_cut_together_by_measured_loss(name):
+    model, x = NETS[name]()
+    calibration = data(x, 8)
+    arguments = {"budget": {"params": "60%"}, "calibration_data": calibration, "round_to": 1, "verify": False}
+    ours = gp.compile(model, x, recipe="slice_refit", **arguments)
+    sliced = gp.compile(model, x, recipe="slicegpt", **arguments)
+    assert ours.report.after.params <= 0.6 * ours.report.before.params
+    with torch.no_grad():
+        far = [sum(divergence(model(y), it.module(y)) for y in calibration) for it in (ours, sliced)]
+    assert far[0] < far[1]
+    by_ratio = gp.compile(model, x, recipe="slice_refit", pruning_ratio=0.2, calibration_data=calibration, round_to=1)
+    assert by_ratio.certificate.status == "passed"
+
+
+def test_a_budget_that_no_levels_meet_is_an_error():
+    model, x = plain(lambda hidden: SwiGLU(hidden, 70))
+    with pytest.raises(BudgetNotMet):
+        gp.compile(model, x, recipe="slice_refit", budget={"params": "1%"}, calibration_data=data(x))

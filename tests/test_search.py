@@ -102,6 +102,23 @@ def test_exchange_never_gets_worse_and_passes_children_through_stages():
     assert forbidden == (1, 1)
 
 
+def test_exchange_ends_when_nothing_better_comes_and_hands_candidates_over_together():
+    handed = []
+
+    class Together:
+        def __call__(self, units):
+            return separable([[0, 1, 4, 9]] * 4)(units)
+
+        def many(self, candidates):
+            handed.append(len(candidates))
+            return [self(units) for units in candidates]
+
+    evaluate = Remembered(Together())
+    impatient = Exchange(generations=40, offspring=3, survivors=(1,), patience=2)
+    assert impatient(ladders([4] * 4), (1, 1, 1, 1), [evaluate]) == (1, 1, 1, 1)  # the best already
+    assert handed == [4, 3]  # the parent once
+
+
 # ---- annealing
 
 
@@ -195,6 +212,18 @@ def test_candidates_are_judged_as_their_surgery_is(name):
     expected = divergence(run(program, inputs), run(pruned, inputs))
     assert expected > 1e-6
     assert evaluate(units) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gqa", "resnet"])
+def test_candidates_judged_together_are_judged_as_one_by_one(name):
+    case = TINY[name]()
+    program = gp.capture(case.module, case.args)
+    groups = [g for g in program.groups if g.kind in ("channel", "neuron", "kv_group") and g.size > 1][:3]
+    candidates = [{}, *({g.name: (0,)} for g in groups), {groups[0].name: (1,), groups[-1].name: (0,)}]
+    statistics = Statistics(program)
+    alone, together = Masked(statistics, together=1), Masked(statistics, together=2)
+    assert together.many(candidates) == pytest.approx([alone(units) for units in candidates], rel=1e-4, abs=1e-6)
+    assert together.together == 2  # every op was batched
 
 
 def test_divergence_of_logits_and_of_numbers():

@@ -44,11 +44,27 @@ class Remembered:
     seen: dict[Any, float] = field(default_factory=dict)
 
     def __call__(self, units: Removed) -> float:
-        key = tuple((name, tuple(units[name])) for name in sorted(units))
+        key = _key(units)
         if key not in self.seen:
             found = float(self.evaluate(units))
             self.seen[key] = math.inf if math.isnan(found) else found
         return self.seen[key]
+
+    def many(self, candidates: Sequence[Removed]) -> list[float]:
+        """Of each; those not seen before are handed over together where the evaluator takes many."""
+        new = {_key(units): units for units in candidates if _key(units) not in self.seen}
+        if new and hasattr(self.evaluate, "many"):
+            for key, found in zip(new, self.evaluate.many(list(new.values()))):
+                self.seen[key] = math.inf if math.isnan(found) else float(found)
+        return [self(units) for units in candidates]
+
+
+def _key(units: Removed) -> Any:
+    return tuple((name, tuple(units[name])) for name in sorted(units))
+
+
+def _all(evaluate: Evaluate, candidates: Sequence[Removed]) -> list[float]:
+    return evaluate.many(candidates) if hasattr(evaluate, "many") else [evaluate(units) for units in candidates]
 
 
 # ---- greedy
@@ -94,6 +110,7 @@ class Exchange:
     offspring: int = 128
     exchanges: int = 4  # at most so many in one child: the smaller of two uniform draws
     survivors: tuple[int, ...] = (16, 4, 1)  # of each stage
+    patience: int | None = None  # generations in a row without a better child, after which it ends
 
     def __call__(
         self,
@@ -112,7 +129,7 @@ class Exchange:
             return start
         random = np.random.default_rng(seed)
         keep = (*self.survivors[: len(stages) - 1], 1)  # the last stage names the best
-        best, tried = start, {start}
+        best, tried, idle = start, {start}, 0
         for _ in range(self.generations):
             children: list[State] = []
             for _ in range(8 * self.offspring):  # small spaces run out of children
@@ -126,9 +143,12 @@ class Exchange:
                 break
             for stage, count in enumerate(keep):
                 pool = [best, *children] if stage == len(stages) - 1 else children
-                losses = [(stages[stage](removed(ladders, state)), i) for i, state in enumerate(pool)]
-                children = [pool[i] for _, i in sorted(losses)[:count]]
+                losses = _all(stages[stage], [removed(ladders, state) for state in pool])
+                children = [pool[i] for _, i in sorted(zip(losses, range(len(pool))))[:count]]
+            idle = idle + 1 if children[0] == best else 0
             best = children[0]
+            if self.patience is not None and idle >= self.patience:
+                break
         return best
 
     def _child(self, ladders: Sequence[Ladder], parent: State, pools: Sequence[Sequence[int]], random: np.random.Generator) -> State:

@@ -56,7 +56,7 @@ def losses(weight: Tensor, hessian: Tensor, index: Tensor, first_order: bool = F
             for units in index.split(size):
                 block = spread[group][units[:, :, None], units[:, None, :]]  # (units, width, width)
                 removed = weight[group].T[units]  # (units, width, outputs)
-                parts.append((torch.linalg.solve(block, removed) * removed).sum((1, 2)) / 2)
+                parts.append((torch.cholesky_solve(removed, torch.linalg.cholesky(block)) * removed).sum((1, 2)) / 2)
             total += torch.cat(parts)
         if gradient is not None:
             total += (weight[group] * gradient).sum(0)[index].sum(1)

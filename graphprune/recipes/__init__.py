@@ -21,6 +21,7 @@ from graphprune.recipes import (
     prunenet,
     sap,
     shortgpt,
+    slice_refit,
     slicegpt,
     sparsegpt,
     taylor,
@@ -36,7 +37,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for module in (
         magnitude, wanda, sparsegpt, mrp, tiles, group_norms, taylor, llm_pruner, wanda_sp, flap,
-        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr, icbs, sap, slicegpt,
+        cfsp, amp, obspa, tyr_local, adapt_pruner, prunenet, shortgpt, blockpruner, tyr, icbs, sap, slicegpt, slice_refit,
     )
     for recipe in module.RECIPES
 }

@@ -43,11 +43,11 @@ class Levels:
         shares: of the calibration batches that each stage of the search sees; one survivor count of `search_by` for each.
     """
 
-    search_by: Exchange = field(default_factory=lambda: Exchange(generations=15, offspring=32, survivors=(8, 3, 1)))
+    search_by: Exchange = field(default_factory=lambda: Exchange(15, 32, survivors=(8, 3, 1), patience=4))
     rounds: int = 3
     around: int = 4
     step: float = 0.125
-    shares: tuple[float, ...] = (1 / 64, 1 / 8, 1.0)
+    shares: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 4)
 
     # units of one group are ranked among themselves; not a `Local` scope, as a group may lose more than the ratio
     rivals, worth = Local.rivals, Local.worth
@@ -156,6 +156,7 @@ RECIPES = (
         allocation=Levels(),
         repair=("least_squares",),
         deviations="units of a group are ranked once; copies are fitted to the dense network's inputs; 3 rounds of 15 generations of 32 in "
-        "place of 4 of 50 of 128; the moments of all readers are held at once",
+        "place of 4 of 50 of 128, and a round ends early once 4 generations found nothing better; stages see 1/64, 1/16 and 1/4 of the "
+        "calibration data; the moments of all readers are held at once",
     ),
 )

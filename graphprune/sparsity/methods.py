@@ -16,6 +16,7 @@ from graphprune.sparsity.patterns import NOfM, Pattern
 UPDATES = {"obs_sequential": "sequential", "obs_joint": "joint"}  # names in a plan's repairs
 BLOCK = 128  # columns that are chosen and made up for together
 DAMPING = 0.01
+ON_HOST = 1 << 21  # entries of a matrix up to which steps of N:M go through on the processor
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Weights:
         if keep is None and self.score is not None:
             keep = pattern.keep(self.score(matrix, statistic), sparsity, self.compare)
         step = pattern.of if isinstance(pattern, NOfM) else BLOCK
+        device, small = matrix.device, step <= obs.SMALL and matrix.numel() <= ON_HOST
+        if small:  # steps of a few columns, one after the other: launching them takes longer than a processor does
+            matrix, hessian, keep = matrix.cpu(), hessian.cpu(), keep.cpu() if keep is not None else None
 
         def choose(start: int, weight: Tensor, inner: Tensor) -> Tensor:
             if keep is not None:
@@ -66,7 +70,8 @@ class Weights:
             scale = inner if self.update == "joint" else torch.linalg.cholesky(inner).square()
             return pattern.keep(weight.square() / scale.diagonal(dim1=-2, dim2=-1)[:, None], sparsity, self.compare)
 
-        return obs.sweep(matrix, hessian, choose, step, self.update == "joint")
+        new, mask = obs.sweep(matrix, hessian, choose, step, self.update == "joint")
+        return new.to(device), mask.to(device)
 
 
 def best_sets(weight: Tensor, inner: Tensor, pattern: NOfM) -> Tensor:

@@ -77,7 +77,10 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
 
 
 def named_replacements(program: Program, cut: Cut, pruned: Program) -> dict[str, torch.Tensor]:
-    """Every name of a weight that was cut -> its new tensor, names of tied weights included."""
+    """Every name of a weight that is not the module's own any more -> its new tensor, names of tied weights included.
+
+    It was cut, or changed before the cut: a prepared program holds other tensors than the module that it was captured from.
+    """
     named = dict(_tensors(program.source.module))
     unread = None  # weights of removed branches are no part of the edited graph, but their modules may keep them
     by_id: dict[int, torch.Tensor] = {}
@@ -86,7 +89,7 @@ def named_replacements(program: Program, cut: Cut, pruned: Program) -> dict[str,
         if found is None:
             unread = unread or sliced_weights(program, cut)
         new = unread[old] if found is None and unread else found.tensor if found else None
-        if alias in named and new is not None and new is not old.tensor:
+        if alias in named and new is not None and (new is not old.tensor or new.data_ptr() != named[alias].data_ptr()):
             by_id[id(named[alias])] = new
     return {name: by_id[id(tensor)] for name, tensor in named.items() if id(tensor) in by_id}
 

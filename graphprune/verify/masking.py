@@ -37,11 +37,7 @@ def masked(
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """The same for many inputs: weights are masked once."""
     over = _reduced_axes(cut)
-    weights = {
-        v: _zeroed(t, _gone(cut, v))
-        for v in program.weights.values()
-        if (t := (tensors or {}).get(v, v.tensor)) is not None and t.is_floating_point()
-    }
+    weights = masked_weights(program, cut, tensors)
 
     def intercept(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
         for value in node.inputs:
@@ -68,6 +64,21 @@ def masked(
         return compute(args)
 
     return lambda inputs: run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
+
+
+def masked_weights(program: Program, cut: Cut, tensors: Mapping[Value, torch.Tensor] | None = None) -> dict[Value, torch.Tensor]:
+    """Every weight in floating point with its removed slices zero; one that loses nothing is the program's own tensor."""
+    return {
+        v: _zeroed(t, _gone(cut, v))
+        for v in program.weights.values()
+        if (t := (tensors or {}).get(v, v.tensor)) is not None and t.is_floating_point()
+    }
+
+
+def only_weights(cut: Cut) -> bool:
+    """Does zeroing weights neutralise all that is removed, with no node treated otherwise (but for 0 / 0)?"""
+    constants = (v for node in cut.analysis.program.walk() for v in node.inputs if v.kind is Kind.CONSTANT and v.dtype is not None)
+    return not cut.bypassed and not _reduced_axes(cut) and not any(v.dtype.is_floating_point and _gone(cut, v) for v in constants)
 
 
 def _reduced_axes(cut: Cut) -> dict[Node, Gone]:
