@@ -77,8 +77,9 @@ def masked_weights(program: Program, cut: Cut, tensors: Mapping[Value, torch.Ten
 
 def only_weights(cut: Cut) -> bool:
     """Does zeroing weights neutralise all that is removed, with no node treated otherwise (but for 0 / 0)?"""
-    constants = (v for node in cut.analysis.program.walk() for v in node.inputs if v.kind is Kind.CONSTANT and v.dtype is not None)
-    return not cut.bypassed and not _reduced_axes(cut) and not any(v.dtype.is_floating_point and _gone(cut, v) for v in constants)
+    read = (v for node in cut.analysis.program.walk() for v in node.inputs if v.kind is Kind.CONSTANT)
+    constants = any(v.dtype is not None and v.dtype.is_floating_point and _gone(cut, v) for v in read)
+    return not (cut.bypassed or constants or _reduced_axes(cut))
 
 
 def _reduced_axes(cut: Cut) -> dict[Node, Gone]:
