@@ -16,6 +16,7 @@ DENSITIES: Mapping[str, tuple[float, ...]] = {  # kept, by format
     "two_four": (0.5,),
     "two_four_library": (0.5,),
     "unstructured": (0.7, 0.6, 0.5, 0.4, 0.3, 0.2),
+    "bitmap": (0.7, 0.6, 0.5, 0.4, 0.3, 0.2),
 }
 BLOCK = 64
 

@@ -222,6 +222,8 @@ def _line(problem: Exception) -> str:
 
 
 def _source(kernel: Kernel) -> str:
-    """A short hash of the kernel's file: a changed kernel is measured again."""
-    file = inspect.getsourcefile(kernel.pack)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file else "unknown"
+    """A short hash of the kernel's files: a changed kernel is measured again."""
+    if (file := inspect.getsourcefile(kernel.pack)) is None:
+        return "unknown"
+    files = sorted(Path(file).parent.glob(f"{Path(file).stem}.*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]

@@ -23,7 +23,7 @@ from graphprune.backends.kernels import KERNELS, block_sparse, library
 from graphprune.backends.kernels.base import ACTIVATIONS, EXPAND, Kernel, Packed, check_weight
 
 FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
-TOKENS = (1, 16, 2048)  # where it is decided: one sequence and a batch that decode, and prefill
+TOKENS = (1, 8, 32, 2048)  # where it is decided: one sequence and two sizes of batch that decode, and prefill
 WASTE = 1.1  # blocks may store so many times the weights that are kept
 EACH = "each"  # the path of weights side by side where one product each is faster
 
@@ -303,7 +303,7 @@ def _formats(weight: Tensor) -> list[tuple[Kernel, dict[str, Any]]]:
         if block <= max(weight.shape) and int(tiles.sum()) * block * block <= WASTE * count < weight.numel():
             return [(KERNELS["block_sparse"], {"block": block})]
     pairs = [FORMATS["two_four"], FORMATS["two_four_library"]] if FORMATS["two_four"].accepts(weight) is None else []
-    return [(kernel, {}) for kernel in (*pairs, KERNELS["unstructured"])]
+    return [(kernel, {}) for kernel in (*pairs, KERNELS["bitmap"], KERNELS["unstructured"])]
 
 
 def _forced(takes: Sequence[tuple[Kernel, dict[str, Any]]], weight: Tensor, tokens: int) -> Decision:

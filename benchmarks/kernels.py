@@ -1,6 +1,6 @@
 """Sparse kernels against dense cuBLAS and against torch's own sparse paths: correctness first, then time.
 
-    python3 benchmarks/kernels.py [--only block two_four unstructured grouped] [--quick] [--seconds 500] [--json FILE]
+    python3 benchmarks/kernels.py [--only block two_four unstructured bitmap grouped] [--quick] [--seconds 500] [--json FILE]
 
 Each row is one weight shape (rows x columns), sparsity and number of tokens, in bf16: median time of a call inside a CUDA graph, with so
 many copies of the weight in turn that none is in the L2 cache. All tile configurations of the kernel are timed, the best once more. `bound` is
@@ -117,6 +117,10 @@ def cases(only: list[str], quick: bool) -> Iterator[Case]:
             for sparsity in (0.5, 0.6, 0.7) if quick else (0.4, 0.5, 0.6, 0.7, 0.8):
                 for tokens in (1, 2) if not quick else (1,):
                     yield Case("unstructured", shape, sparsity, tokens, (), "unstructured")
+        if "bitmap" in only:
+            for sparsity in (0.5, 0.6, 0.7) if quick else (0.4, 0.5, 0.6, 0.7, 0.8):
+                for tokens in (1, 16, 32) if quick else (1, 2, 8, 16, 32, 64):
+                    yield Case("bitmap", shape, sparsity, tokens, (), "bitmap")
 
 
 def measure(case: Case, dense: dict[tuple[str, int], float], log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def grouped_rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="*", default=["block", "two_four", "unstructured", "grouped"])
+    parser.add_argument("--only", nargs="*", default=["block", "two_four", "unstructured", "bitmap", "grouped"])
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens")
     parser.add_argument("--seconds", type=float, default=500, help="stop after this time")
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "kernels.json")

@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
     triton is None or not (torch.cuda.is_available() or interpreted()), reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1"
 )
 SHAPES = (*AWKWARD_SHAPES, Shape("two tiles", 128, 320, (5,)), Shape("two panels", 40, 600, (1,)))
-PACK = {  # small tiles, so that small weights have several
+PACK = {  # small tiles, so that small weights have several; `bitmap`, which takes 16 bits only, has tests/test_bitmap.py
     "block_sparse": {"block": 16},
     "two_four": {},
     "unstructured": {"tile": 16, "walkers": 4, "panel": 256},
@@ -52,7 +52,7 @@ def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_kernel_agrees_with_float64(name, shape, dtype):
     torch.manual_seed(hash((shape.rows, shape.columns)) % 1000)
     kernel, weight = KERNELS[name], make(name, shape.rows, shape.columns, dtype)
@@ -70,7 +70,7 @@ def test_kernel_agrees_with_float64(name, shape, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_every_tile_gives_the_same_function(name):
     torch.manual_seed(0)
     kernel, weight = KERNELS[name], make(name, 96, 272, torch.float16)
@@ -102,7 +102,7 @@ def test_block_sizes_for_few_and_many_tokens(block, tokens):
 @pytest.mark.parametrize(
     "activation,function", (("relu", relu), ("silu", silu), ("gelu", gelu), ("gelu_tanh", lambda y: gelu(y, approximate="tanh")))
 )
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_bias_and_activation_are_fused(name, activation, function):
     kernel, weight = KERNELS[name], make(name, 70, 90)
     x, bias = torch.randn(2, 3, 90, device=DEVICE), torch.randn(70, device=DEVICE)
@@ -111,7 +111,7 @@ def test_bias_and_activation_are_fused(name, activation, function):
     assert relative(y, function(linear(x.double(), weight.double(), bias.double()))) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 @pytest.mark.parametrize("kept", ("none", "all"))
 def test_nothing_kept_and_nothing_pruned(name, kept):
     kernel = KERNELS[name]
@@ -149,7 +149,7 @@ def test_compressed_bytes():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_gradients_go_through_the_mask(name, activation):
     torch.manual_seed(2)
     kernel, weight = KERNELS[name], make(name, 40, 72)
@@ -171,7 +171,7 @@ def test_gradients_go_through_the_mask(name, activation):
     assert torch.allclose(kernel.unpack(step), weight - 0.1 * dense[1].grad * mask, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_op_is_well_formed(name):
     """Schema, fake implementation, autograd registration and tracing, by torch's own checker."""
     kernel, weight = KERNELS[name], make(name, 24, 48)
@@ -191,7 +191,7 @@ def capture_arguments(kernel, packed, x):
     return found[0]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_compiles_into_one_graph(name):
     kernel, weight = KERNELS[name], make(name, 24, 48)
     packed = kernel.pack(weight, **PACK[name])
@@ -200,7 +200,7 @@ def test_compiles_into_one_graph(name):
     assert torch.allclose(compiled(x), relu(linear(x * 2, weight)) + 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_wrong_arguments_are_named(name):
     kernel, weight = KERNELS[name], make(name, 24, 48)
     packed = kernel.pack(weight, **PACK[name])
@@ -237,7 +237,7 @@ def test_unknown_tiles_are_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PACK)
 def test_runs_in_a_cuda_graph(name):
     kernel, weight = KERNELS[name], make(name, 256, 512, torch.bfloat16)
     packed = kernel.pack(weight)

@@ -30,7 +30,7 @@ from graphprune.backends.base import lower
 from graphprune.backends.crossover import random_weight
 from graphprune.backends.gate import Gate, Measurement, Roof, Table
 from graphprune.backends.kernels import library
-from graphprune.backends.products import FORMATS, Product
+from graphprune.backends.products import FORMATS, TOKENS, Product
 from graphprune.backends.triton import FusedSequential, SparseLinear, sparse_module
 from graphprune.errors import InvalidInput
 from graphprune.report import Report, tables
@@ -86,7 +86,7 @@ def test_without_a_gpu_every_layer_is_dense_and_the_report_says_why(result):
     torch.testing.assert_close(result(x), result.module(x))
     rows = result.report.kernels
     assert {row.path for row in rows} == {"dense"} and all("no CUDA device: nothing to gain" in row.reason for row in rows)
-    assert {row.name for row in rows} == set(result.plan.masks) and {row.tokens for row in rows} == {1, 16, 2048}
+    assert {row.name for row in rows} == set(result.plan.masks) and {row.tokens for row in rows} == set(TOKENS)
     assert "no CUDA device" in str(result.report) and Report.from_json(result.report.to_json()).kernels == rows
 
 
@@ -518,7 +518,7 @@ def test_crossover_asks_for_every_format_density_and_number_of_tokens(tmp_path, 
     assert {row["kernel"] for row in found.rows} == set(FORMATS) == {name for name, _ in asked}
     assert all(row["sparse"] == (row["tokens"] == 1) for row in found.rows if row["dense_us"] is not None)
     assert [row["kept"] for row in found.rows if row["kernel"] == "block_sparse"][::2] == [0.7, 0.5, 0.3, 0.2, 0.1]
-    assert len({(row["kernel"], row["kept"], row["tokens"]) for row in found.rows}) == len(found.rows) == 26
+    assert len({(row["kernel"], row["kept"], row["tokens"]) for row in found.rows}) == len(found.rows) == 38
     shown = tables.plain(found)
     assert "1.50x" in shown and "0.75x" in shown and "block_sparse" in shown
 
@@ -580,7 +580,7 @@ def test_prune_writes_zeros_into_a_checkpoint(tmp_path):
     shown = call("prune", tmp_path / "in", "-o", tmp_path / "out", "--sparsity", "0.5", "--pattern", "2:4", "--backend", "triton", "--json")
     assert shown.exit_code == 0, shown.output
     rows = json.loads(shown.stdout)["kernels"]
-    assert len(rows) == 3 * 14 and {row["path"] for row in rows} == {"dense"}
+    assert len(rows) == len(TOKENS) * 14 and {row["path"] for row in rows} == {"dense"}
     module = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     weight = module.model.layers[0].mlp.up_proj.weight
     assert ((weight.reshape(64, 8, 4) == 0).sum(-1) == 2).all() and module.lm_head.weight.all()
