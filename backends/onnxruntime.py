@@ -84,7 +84,7 @@ def open_session(
         threads: CPU threads of one operator; None leaves that to ONNX Runtime.
         cuda_graph: launches can be captured and replayed.
         optimize: let ONNX Runtime fuse and fold.
-        provider_options: of the CUDA provider, e.g. {"prefer_nhwc": "1"}.
+        provider_options: of the CUDA provider, e.g. {"cudnn_conv_algo_search": "HEURISTIC"}.
 
     Raises:
         MissingExtra: ONNX Runtime, or its CUDA provider, is not installed or does not start.
@@ -131,8 +131,18 @@ def _file(model: Any, folder: Path) -> Path:
     return file
 
 
+def convolutional(file: Path) -> bool:
+    """Whether most products of a model are convolutions."""
+    ops = [node.op_type for node in ir.load(file).graph.all_nodes()]
+    return ops.count("Conv") > ops.count("MatMul") + ops.count("Gemm")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# For convolutions in 16 bits: channels last, and the bias added by cuDNN. ResNet-50 on an H200, fp16, batch 64: 6.87 ms without, 4.01 ms with.
+CHANNELS_LAST = {"prefer_nhwc": "1", "fuse_conv_bias": "1"}
 
 
 @dataclass(frozen=True)
@@ -148,8 +158,8 @@ class Captured:
 class OnnxRuntimeModel:
     """Callable like the model: tensors or arrays in, by position or by input name; one tensor or a tuple of them out.
 
-    Takes the options of `open_session` besides these. With I/O binding (always on CUDA) the memory of tensors is used as it is, and outputs
-    are tensors on the device.
+    Takes the options of `open_session` besides these; on CUDA, convolutional networks in 16 bits run channels last unless `provider_options`
+    says otherwise. With I/O binding (always on CUDA) the memory of tensors is used as it is, and outputs are tensors on the device.
 
     Args:
         cuda_graph: capture the launches once for each set of input sizes, and replay them.
@@ -192,6 +202,8 @@ class OnnxRuntimeModel:
             return
         with tempfile.TemporaryDirectory() as folder:
             file = _file(model, Path(folder))
+            if self.device.type == "cuda" and precision != "float32" and convolutional(file):
+                session_options["provider_options"] = {**CHANNELS_LAST, **session_options["provider_options"]}
             examples = _examples(model, file) if check is True else check or None
             tuning = _Tuning(file, Path(folder), sizes or {}, examples, session_options, options.get("threads", 1))
             if fuse:

@@ -14,7 +14,7 @@ import graphprune as gp
 from graphprune import measure
 from graphprune.backends import onnx_tuning
 from graphprune.backends.base import BACKENDS, check_backend, lower
-from graphprune.backends.onnxruntime import OnnxRuntimeModel, _distance, open_session
+from graphprune.backends.onnxruntime import OnnxRuntimeModel, _distance, convolutional, open_session
 from graphprune.backends.torch import TorchModel
 from graphprune.errors import InvalidInput, MissingExtra, VerificationFailed
 from graphprune.report import Report
@@ -175,6 +175,11 @@ def test_devices_that_are_not_there_are_refused(tmp_path, source):
 def test_options_that_make_no_sense_are_refused(exported, options, message):
     with pytest.raises(InvalidInput, match=message):
         open_session(exported[1], **options)
+
+
+def test_a_network_is_convolutional_where_most_of_its_products_are(exported, tmp_path):
+    assert convolutional(exported[1])
+    assert not convolutional(onnx_file(tmp_path / "products.onnx", width=8))
 
 
 def test_a_model_that_onnx_runtime_refuses_and_a_missing_file(tmp_path):
