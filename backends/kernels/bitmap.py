@@ -74,13 +74,14 @@ class Bitmap(Packed):
 
 
 def accepts(weight: Tensor) -> str | None:
+    """Why the format, the device or what is installed does not take `weight`, or None."""
     if (reason := check_weight(weight)) is not None:
         return reason
     if weight.element_size() != 2:
         return f"the weight is {weight.dtype}, expected float16 or bfloat16"
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 8:
         return "the device is older than compute capability 8.0"
-    return None
+    return nvrtc.missing() if weight.is_cuda else None
 
 
 def pack(weight: Tensor, splits: int | None = None) -> Bitmap:

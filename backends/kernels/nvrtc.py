@@ -79,6 +79,15 @@ def compiled(source: Path, constants: tuple[tuple[str, int], ...], architecture:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        _nvrtc()
+    except MissingExtra as problem:
+        return str(problem)
+    return None
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
