@@ -18,6 +18,7 @@ from graphprune.allocation import (
     Selection,
     allocate,
     block_of,
+    can_meet,
     choices,
     fastest,
     one_per_product,
@@ -123,8 +124,14 @@ def make_plan(
     for group in meant:
         ratio = ratios[group.name]
         most = None if ratio is None or not capped else min(ratio * pace[group.name], 1.0)
-        steps[group.name] = whole_blocks(group, choices(group, round_to, widths, min_keep, most), block)
+        steps[group.name] = choices(group, round_to, widths, min_keep, most)
     allowed = one_per_product(analysis, [g for g in analysis.groups if steps.get(g.name)])
+    if block > 1:
+        whole = {g.name: whole_blocks(g, steps[g.name], block) for g in allowed}
+        if can_meet(analysis, allowed, whole, sizes):
+            steps |= whole
+        else:  # so deep a cut leaves some convolutions less than one
+            block = 1
     candidates = [
         Candidate(g, scores_of(criterion, g, statistics).numpy(), steps[g.name], ratios[g.name], pace[g.name]) for g in allowed
     ]

@@ -96,6 +96,16 @@ def test_a_budget_stops_at_whole_blocks_of_channels(monkeypatch: pytest.MonkeyPa
     assert block_of(program) == 8
 
 
+def test_whole_blocks_do_not_make_a_budget_impossible(monkeypatch: pytest.MonkeyPatch) -> None:
+    with seeded(0):
+        layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 4, 4)]
+        program = capture_torch(nn.Sequential(*layers).eval(), (torch.randn(2, 3, 8, 8),))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    plan = make_plan(program, budget={"params": "15%"})  # less than with 16 channels each
+    assert cost(program, Cut(program.analysis, plan.removed)).params <= 0.15 * cost(program).params
+    assert "of 16" not in plan.settings["rounding"] and "of 16" in make_plan(program, budget={"params": "50%"}).settings["rounding"]
+
+
 def test_narrow_layers_keep_every_width() -> None:
     program = tapered()
     narrow, wide, neurons = (next(g for g in program.analysis.groups if g.size == size) for size in (64, 128, 512))

@@ -338,6 +338,12 @@ def _met(cost: Cost, limits: Mapping[str, float]) -> bool:
     return all(BUDGETS[name](cost) <= limit * (1 + 1e-12) for name, limit in limits.items())
 
 
+def can_meet(analysis: Analysis, groups: Sequence[Group], removals: Mapping[str, Sequence[int]], budget: Mapping[str, Any]) -> bool:
+    """Is a budget of sizes met where every group loses all that it may?"""
+    model = CostModel(analysis)
+    return _met(model.cost({g.atom: g.size - max(removals[g.name]) for g in groups}), limits_of(budget, model.cost({})))
+
+
 def shortest(model: CostModel, steps: Steps, limits: Mapping[str, float]) -> int:
     """How many steps, in order, it takes until every limit holds.
 
