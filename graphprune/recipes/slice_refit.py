@@ -71,8 +71,8 @@ class Together(Local):
         items = [item for _, item in batches(statistics.program, statistics.data)]
         held = math.ceil(self.share * len(items)) if len(items) > 1 else 0  # what copies are fitted to does not judge them
         fitted = Statistics(statistics.program, items[held:])
-        copies = _Widened(fitted, Copies(fitted, [c.group for c in candidates]))
-        judge = Masked(Statistics(statistics.program, items[:held] or items), tensors=copies)
+        copies = Copies(fitted, [c.group for c in candidates])
+        judge = Masked(Statistics(statistics.program, items[:held] or items), tensors=_Widened(fitted, copies))
         room = _Room(statistics, candidates, budget)
         orders = [np.argsort(c.scores, kind="stable") for c in candidates]
         curves: dict[int, list[float]] = {}
@@ -111,6 +111,7 @@ class Together(Local):
                     continue
                 ways = [room.counts(width, even), paced(width, even) if even else None]
                 found[width] = min(((judge(units(way)), way) for way in ways if way is not None), key=lambda x: x[0])
+                copies.forget()  # candidates of other widths share next to none
             return min(found, key=lambda w: found[w][0], default=0)
 
         best = try_widths(room.widths(self.steps))

@@ -126,6 +126,10 @@ class Copies:
             found.update(self.known.get(key, {}))
         return found
 
+    def forget(self) -> None:
+        """Free them all: copies of the readers of a network are about as large as the network."""
+        self.known.clear()
+
     def _refitted(self, linear: LinearMap, lost: np.ndarray) -> dict[Value, Tensor]:
         gram = self.statistics.observed("gram")[linear.weight]
         second, mean = (gram.square / gram.count[..., None])[0], gram.mean[0]
