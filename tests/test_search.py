@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -371,6 +371,7 @@ def test_pq_index_of_known_distributions(draw, p, q, index, kept):
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=8), st.floats(0, 0.95))
+@example([(5e-324, 1)], 0.5)
 @settings(max_examples=50, deadline=None)
 def test_shares_keep_the_average_and_their_order(pairs, ratio):
     fractions, sizes = zip(*pairs)

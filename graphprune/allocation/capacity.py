@@ -58,7 +58,7 @@ def spread(fractions: Sequence[float], sizes: Sequence[float], ratio: float) -> 
     found, free, left = [0.0] * len(fractions), set(range(len(fractions))), min(ratio, MOST) * sum(sizes)
     while free and left > 1e-12:
         total = sum(fractions[i] * sizes[i] for i in free)
-        shares = {i: fractions[i] * left / total if total > 0 else left / sum(sizes[j] for j in free) for i in free}
+        shares = {i: left * (fractions[i] / total) if total > 0 else left / sum(sizes[j] for j in free) for i in free}
         full = {i for i in free if shares[i] >= MOST}
         for i in full or free:
             found[i] = min(shares[i], MOST)
