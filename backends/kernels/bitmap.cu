@@ -1,20 +1,31 @@
 // The kernel of bitmap.py, where the layouts are described. Macros that the launcher sets:
 //   TILES (groups of 8 tokens of a program), ORDERED (x lies as the operands want it), BF16 (else fp16), BIAS,
-//   ACTIVATION (0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh), STEP, CHUNK, RING (a power of two)
+//   ACTIVATION (0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh), CHUNK, RING (a power of two), AHEAD
 #define CHUNK_BYTES (CHUNK * 128)
 #define RING_BYTES (RING * 128)
-#define WARP_BYTES (RING_BYTES + CHUNK_BYTES + 4 * PLAN_BYTES)  // the ring, its beginning once more (what a read past the end finds), plans
 #define PLAN_BYTES (32 * 8 + 16)  // of two steps: two words of mask for each lane, and two bases
+// The ring, its beginning once more (what a read past the end finds), and four plans.
+#define WARP_BYTES (RING_BYTES + CHUNK_BYTES + 4 * PLAN_BYTES)
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-__device__ __forceinline__ void copy16(u32 to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ __forceinline__ void copy16_if(bool wanted, u32 to, const void* from) {
-  asm volatile("{ .reg .pred q; setp.ne.u32 q, %0, 0; @q cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"((u32)wanted), "r"(to), "l"(from) : "memory");
+  asm volatile("{ .reg .pred q; setp.ne.u32 q, %0, 0; @q cp.async.cg.shared.global [%1], [%2], 16; }" ::"r"((u32)wanted), "r"(to), "l"(from)
+               : "memory");
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory"); __syncwarp(); }
-__device__ __forceinline__ u32 word(u32 at) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
+__device__ __forceinline__ void arrived() {  // what was committed AHEAD times ago
+  asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
+  __syncwarp();
+}
+__device__ __forceinline__ u32 word(u32 at) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
 __device__ __forceinline__ void read(uint4& to, bool wanted, const void* from) {  // zeros where it is not wanted
   to = make_uint4(0, 0, 0, 0);
   asm volatile("{ .reg .pred q; setp.ne.u32 q, %4, 0; @q ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%5]; }"
@@ -23,7 +34,8 @@ __device__ __forceinline__ void read(uint4& to, bool wanted, const void* from) {
 // The next value of a chain where its bit is set. `one` is 1, but the compiler must not know: additions and masks share a pipe, which is full;
 // multiplications have their own.
 #define TAKE(v, p, m, bit) \
-  asm volatile("{ .reg .pred q; .reg .b32 t; and.b32 t, %2, %3; setp.ne.u32 q, t, 0; @q ld.shared.u16 %0, [%1]; @q mad.lo.u32 %1, %4, 128, %1; }" \
+  asm volatile("{ .reg .pred q; .reg .b32 t; and.b32 t, %2, %3; setp.ne.u32 q, t, 0;" \
+               "@q ld.shared.u16 %0, [%1]; @q mad.lo.u32 %1, %4, 128, %1; }" \
                : "+r"(v), "+r"(p) : "r"(m), "r"(1u << (bit)), "r"(one))
 
 
@@ -124,7 +136,8 @@ extern "C" __global__ void __launch_bounds__(256) bitmap_linear(
   int left = count * 4;
   auto load = [&](uint4* to, int part) {
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) read(to[j], left > part && (ORDERED || token0 + 8 * j + g < tokens), mine + j * tile_stride + part * part_stride);
+    for (int j = 0; j < TILES; ++j)
+      read(to[j], left > part && (ORDERED || token0 + 8 * j + g < tokens), mine + j * tile_stride + part * part_stride);
   };
   load(b[0], 0);
   load(b[1], 1);
