@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphprune.allocation import block_of, spread, whole_blocks
-from graphprune.api import apply
+from graphprune.api import apply, plan
 from graphprune.capture.torch_export import capture_torch
 from graphprune.costs import cost
 from graphprune.planning import make_plan
@@ -37,7 +37,7 @@ def lost(program: Program, budget: dict[str, object], **options: object) -> dict
     return {g.name: len(plan.removed.get(g.name, ())) / g.size for g in program.analysis.groups}
 
 
-@pytest.mark.parametrize("kept", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("kept", [0.5, 0.6, 0.7])
 @pytest.mark.parametrize("name", ["params", "memory_mb"])
 def test_what_is_poor_in_macs_loses_less_and_the_network_is_faster_for_it(name: str, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
     program, dense = tapered(), cost(tapered())
@@ -52,10 +52,25 @@ def test_what_is_poor_in_macs_loses_less_and_the_network_is_faster_for_it(name: 
     monkeypatch.setattr(spread, "WORTH", 1.0)  # nothing is worth it: all alike
     even = make_plan(program, budget={name: f"{kept:.0%}"}, round_to=1)
     assert even.settings["spread"] == "every group alike"
-    assert found.macs < (1 - 0.03) * cost(program, Cut(program.analysis, even.removed)).macs
+    assert found.macs < (1 - 0.1) * cost(program, Cut(program.analysis, even.removed)).macs
     alike = max(len(e.removed) / e.size for e in even.entries.values())
     deepest = max(by_kind[0])
-    assert deepest <= max(alike, min(spread.DEEPEST, spread.UNEVEN * alike)) + 1e-6
+    assert deepest <= spread.UNEVEN * alike + 1e-6
+
+
+def test_a_spread_harms_no_more_than_as_few_macs_would_cost_an_even_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tapered()
+
+    def harm_of(budget: dict[str, object]) -> tuple[float, float]:
+        plan = make_plan(program, budget=budget, round_to=1)
+        squares = [(len(e.removed) / e.size) ** 2 for e in plan.entries.values()]
+        return sum(squares), cost(program, Cut(program.analysis, plan.removed)).macs
+
+    found, macs = harm_of({"params": "70%"})
+    even, _ = harm_of({"macs": macs})
+    assert found <= spread.HARM * even * 1.02
+    monkeypatch.setattr(spread, "HARM", 0.0)
+    assert harm_of({"params": "70%"})[1] > 1.1 * macs  # no spread is harmless
 
 
 def test_a_network_of_linear_layers_loses_alike() -> None:
@@ -63,6 +78,10 @@ def test_a_network_of_linear_layers_loses_alike() -> None:
     assert plan.settings["spread"] == "every group alike"
     ratios = [len(e.removed) / e.size for e in plan.entries.values()]
     assert max(ratios) - min(ratios) < 0.02
+
+
+def test_a_small_cut_is_a_small_cut_everywhere() -> None:
+    assert make_plan(tapered(), budget={"params": "95%"}, round_to=1).settings["spread"] == "every group alike"
 
 
 @pytest.mark.parametrize("options", [{"scope": "global"}, {"scope": "isomorphic"}, {"budget": {"params": "60%", "macs": "60%"}}])
@@ -113,3 +132,11 @@ def test_narrow_layers_keep_every_width() -> None:
     assert whole_blocks(wide, range(1, 128), 64) == [64]
     assert whole_blocks(wide, [1, 2], 64) == [1, 2]  # no whole block is allowed
     assert whole_blocks(neurons, range(1, 512), 64) == list(range(1, 512))
+
+
+def test_a_recipe_cuts_every_group_alike_under_a_budget_too():
+    """A published method stays what it is: the spread is for plans of one's own."""
+    program, budget = tapered(), {"params": "70%"}
+    own = plan(program, budget=budget, round_to=1)
+    recipe = plan(program, budget=budget, round_to=1, recipe="group_l2")
+    assert "lose less" in own.settings["spread"] and "spread" not in recipe.settings

@@ -54,7 +54,13 @@ class Curve(Protocol):
 
 @dataclass(frozen=True)
 class Local:
-    """Every group loses the same fraction."""
+    """Every group loses the same fraction.
+
+    Args:
+        even: also under a budget of sizes; else groups that are poor in MACs lose less there, see `graphprune.allocation.spread`.
+    """
+
+    even: bool = False
 
     def rivals(self, group: Group) -> Any:
         return group.name
