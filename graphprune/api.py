@@ -189,11 +189,14 @@ class Result:
 
         return lower(self, self.backend, **({"device": self.device} if self.device else {}))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `x.onnx`, or a folder that `graphprune.load` (and, for uniform cuts, `from_pretrained`) reads back. Atomic."""
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
+        """Write `x.onnx`, or a folder that `graphprune.load` (and, for uniform cuts, `from_pretrained`) reads back. Atomic.
+
+        `compress`: an ONNX file holds weights with zeros as kept values and bits, put together by a function of standard operators.
+        """
         from graphprune.results import save_result
 
-        save_result(self, Path(path))
+        save_result(self, Path(path), compress)
 
 
 def apply(

@@ -57,6 +57,7 @@ def prune(
     report: ReportFile = None,
     no_verify: NoVerify = False,
     backend: Annotated[str | None, typer.Option(help="What the result is for: torch, onnxruntime, triton.")] = None,
+    compress: Annotated[bool, typer.Option("--compress", help="Store weights with zeros in the ONNX file by their kept values.")] = False,
     device: Device = None,
     on_unknown: OnUnknown = "freeze",
     talk: Talk = Talk(),  # noqa: B008  frozen
@@ -79,7 +80,7 @@ def prune(
         arguments |= {"backend": backend} if backend else {}
         place = None if source.is_dir() else device
         result = gp.compile(model, **arguments, verify=not no_verify, device=place, on_unknown=on_unknown, progress=not talk.quiet)
-        result.save(out)
+        result.save(out, compress=compress)
         _also(result, plan_out, report)
     show(talk, result.report.to_json, lambda: result.report)
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from graphprune.capture import onnx_zeros
 from graphprune.capture.torch_export import capture_torch, evaluating
 from graphprune.checkpoints import load_checkpoint, model_class, weight_files
 from graphprune.errors import CaptureError, InvalidInput
@@ -42,17 +43,22 @@ HINTS = ("AUTO", "DYNAMIC", "STATIC")  # what torch.export takes in place of a n
 INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB; larger weights go into a file beside the model
 
 
-def save_result(result: Any, path: PathLike) -> None:
-    """Write a `Result`: an `.onnx` file where the name ends so, else a folder.
+def save_result(result: Any, path: PathLike, compress: bool = False) -> None:
+    """Write a `Result`: an `.onnx` file where the name ends so, else a folder. `compress`: see `capture.onnx_zeros`.
 
     Raises:
         InvalidInput: if `path` cannot be written, or the result has no form that fits it.
     """
     path, source = Path(path), result.program.source
+    if compress and path.suffix != ".onnx":
+        raise InvalidInput(f"cannot write {path}: only ONNX files hold compressed weights; name a file that ends in .onnx")
     if path.suffix == ".onnx":
         origin = getattr(source, "path", None)
         with atomic_path(path, [origin] if origin else []) as file:
             model = result.pruned.source.model if hasattr(source, "model") else exported(result.module, source)
+            if compress:
+                model = model.clone()
+                onnx_zeros.compress(model)
             _save_onnx(model, file, _metadata(result))
     elif hasattr(source, "model"):
         raise InvalidInput(f"cannot write {path}: the network came as ONNX and is saved as ONNX; name a file that ends in .onnx")

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
 
+from graphprune.capture import onnx_zeros
 from graphprune.capture.onnx_functions import FunctionBody, has_body
 from graphprune.capture.onnx_shapes import Run, example_tensors, shape_runs
 from graphprune.capture.onnx_types import TORCH_DTYPES, same, to_torch, torch_dtype
@@ -112,7 +113,9 @@ def load_onnx(model: str | os.PathLike[str] | ir.Model | onnx.ModelProto) -> Onn
     for value in loaded.graph.initializers.values():
         _check_present(value, where)
     if loaded.functions:
-        loaded = InlinePass()(loaded.clone()).model
+        loaded = loaded.clone()
+        onnx_zeros.expand(loaded)
+        loaded = InlinePass()(loaded).model
     return OnnxSource(loaded, path)
 
 
