@@ -46,7 +46,7 @@ class ByKind:
 
 
 @dataclass(frozen=True)
-class Together(Local):
+class Together:
     """A scope that tries widths of the stream, the insides making up the rest of the budget, and keeps what is measured to be best.
 
     For every width two ways to cut the insides are measured, whole candidates with their refits: evenly, and by an integer program on what
@@ -65,6 +65,9 @@ class Together(Local):
     band: float = 0.2
     share: float = 1 / 4
     most: int = 32
+
+    # units of one group are ranked among themselves; not a `Local` scope, as a group may lose more than the ratio
+    rivals, worth = Local.rivals, Local.worth
 
     def search(self, candidates: Sequence[Candidate], budget: Mapping[str, Any] | None, statistics: Statistics) -> dict[str, np.ndarray]:
         """Units to remove, by group name."""
