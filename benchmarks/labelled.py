@@ -1,6 +1,7 @@
 """Published methods on networks that are no language models, with real weights and labels: quality, size, latency, cost of the pruning.
 
     python -m benchmarks.labelled [recipe ...] [--models ocr,lite0,minilm]     what the results lack, then the table
+    python -m benchmarks.labelled --spread [--models ocr,lite0,minilm]         budgets of parameters: spread for speed, and alike
     python -m benchmarks.labelled --table                                      the table alone
 
 ocr     the PP-OCR v4 recogniser of `graphprune demo` (an ONNX file, run by ONNX Runtime): wrong characters on 100 drawn lines
@@ -354,6 +355,35 @@ def _key(cell: Cell, subject: Subject) -> str:
     return hashlib.sha256(f"{cell} {code_version()} {subject.key}".encode()).hexdigest()[:12]
 
 
+# ---- budgets of parameters
+
+
+def spread_rows(subject: Subject, recipe: str | None, left: str) -> Iterable[dict[str, Any]]:
+    """At so many parameters: every group alike, then as `compile` does it, then every group alike until as few MACs are left."""
+    import graphprune as gp
+    from graphprune.allocation import spread
+
+    def row(what: str, budget: dict[str, Any], worth: float) -> dict[str, Any]:
+        data = subject.batches if recipe else None
+        before, spread.WORTH = spread.WORTH, worth
+        try:
+            result = gp.compile(subject.program, recipe=recipe, budget=budget, calibration_data=data, verify=False, progress=False)
+        finally:
+            spread.WORTH = before
+        dense, after = result.report.before, result.report.after
+        latency = {"dense_ms": dense.latency.median_ms, "ms": after.latency.median_ms} if dense.latency and after.latency else {}
+        errors = subject.errors(result)
+        name = recipe or "no recipe"
+        return {"model": subject.name, "recipe": name, "what": what, "errors": errors, "params": after.params, "macs": after.macs, "zeros": 0, **latency}
+
+    alike = row(f"{left} alike", {"params": left}, 1.0)  # no spread saves all of the MACs
+    yield alike
+    usual = row(f"{left} usual", {"params": left}, spread.WORTH)
+    yield usual
+    if usual["macs"] != alike["macs"]:
+        yield row("its MACs", {"macs": usual["macs"] + 1}, 1.0)
+
+
 # ---- reading them
 
 HEAD = (
@@ -384,12 +414,22 @@ def main() -> None:
     parser.add_argument("--cell", type=float, default=300, help="seconds of one cell at most")
     parser.add_argument("--results", type=Path, default=Path("results/labelled.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="a few samples")
+    parser.add_argument("--spread", action="store_true", help="what a budget of parameters costs where groups do not lose alike; keeps no results")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(text) for text in options.results.read_text().splitlines()] if options.results.exists() else []
     done, end = {row["key"] for row in rows if "why" not in row}, time.monotonic() + options.seconds
     torch.set_num_threads(1)
+    for model in options.models.split(",") if options.spread else []:
+        subject = SUBJECTS[model](options.smoke)
+        print(HEAD, flush=True)
+        for recipe in (None, options.recipes[0] if options.recipes else "obspa"):
+            for left in ("80%", "60%"):
+                for row in spread_rows(subject, recipe, left):
+                    print(line(row), flush=True)
+    if options.spread:
+        return
     for model in [] if options.table else options.models.split(","):
         subject = SUBJECTS[model](options.smoke)
         print(HEAD, flush=True)

@@ -2,9 +2,10 @@
 
 A parameter of an early convolution is used at every place of a large map, one of a classifier once. So under a budget that asks for
 parameters or bytes alone, groups with few MACs per parameter lose less, and the others, all alike, so much more. How much less follows one
-curve, `pace = min(1, MACs per parameter / ceiling) ** steepness`; of all ceilings and both steepnesses the one that leaves the fewest MACs
-is taken. No group loses more than `DEEPEST`, nor more than `UNEVEN` times what an even spread would take, so that a small cut is a small
-cut everywhere. A spread that saves less than `WORTH` of the MACs is not worth it: all lose alike, as in networks of linear layers.
+curve, `pace = min(1, MACs per parameter / ceiling) ** steepness`; of all ceilings and steepnesses the one that leaves the fewest MACs is
+taken, where accuracy does not pay more for it than for the MACs themselves: no group loses more than `UNEVEN` times what an even spread
+would take, and the mean square of what groups lose, `harm`, is at most `HARM` times that of an even spread cut on to as few MACs. A spread
+that saves less than `WORTH` of the MACs is not worth it: all lose alike, as in networks of linear layers.
 
 Convolutions on a CPU work on blocks of channels, in PyTorch and in ONNX Runtime: 40 channels take as long as 48 where a vector holds 16
 numbers. Widths between blocks cost weights and save no time, so a budget does not stop there.
@@ -30,10 +31,11 @@ from graphprune.units import Group
 
 CEILINGS = 24  # tried, evenly spaced in the logarithm
 FINALISTS = 6  # are filled up to the budget and compared
-STEEPNESSES = (1, 4)  # gradual, and nearly a threshold
-DEEPEST = 0.6  # of a group, lost for the sake of speed
-UNEVEN = 3.0  # times the loss of an even spread
-WORTH = 0.03  # of the MACs
+STEEPNESSES = (0.25, 0.5, 1, 4)  # from gradual to nearly a threshold
+POINTS = 48  # of the even spread, from the budget down: harm by MACs
+HARM = 1.1  # times that of an even spread with as few MACs; equal but for whole blocks of channels
+UNEVEN = 1.5  # times the loss of an even spread
+WORTH = 0.1  # of the MACs
 
 _SLACK = 1e-9
 
@@ -61,8 +63,9 @@ def fastest(
     sliced = np.array([not isinstance(c.group.atom, Branch) for c in given])
     if not count or not density[sliced].any():
         return given, ""
-    alike = even[count - 1].turn
-    bound = max(alike, min(UNEVEN * alike, DEEPEST)) + _SLACK
+    bound = UNEVEN * even[count - 1].turn + _SLACK
+    deeper = np.unique(np.linspace(count, len(even), POINTS).astype(int))[::-1]
+    fewer, harms = [model.cost(even.kept(n)).macs for n in deeper], [harm(given, even.counts(n)) for n in deeper]
     found = density[sliced & (density > 0)]
     spreads: list[tuple[float, float, Steps]] = []  # MACs left, ceiling
     for ceiling in np.geomspace(found.min(), found.max(), CEILINGS):
@@ -70,8 +73,9 @@ def fastest(
             pace = np.where(sliced, np.minimum(1.0, density / ceiling) ** steepness, 1.0)
             steps = Steps(analysis, [replace(c, pace=max(float(p), _SLACK)) for c, p in zip(given, pace)], scope, price)
             count = shortest(model, steps, limits)
-            if steps[count - 1].turn <= bound:
-                spreads.append((model.cost(steps.kept(count)).macs, float(ceiling), steps))
+            macs = model.cost(steps.kept(count)).macs
+            if steps[count - 1].turn <= bound and harm(given, steps.counts(count)) <= HARM * np.interp(macs, fewer, harms):
+                spreads.append((macs, float(ceiling), steps))
 
     def filled(steps: Steps) -> int:
         return model.cost(kept_of(given, within(model, steps, limits))).macs
@@ -83,6 +87,11 @@ def fastest(
         return given, "every group alike"
     least = f"those with fewer than {ceiling:.0f} MACs per parameter"
     return list(steps.candidates), f"{slow} of {len(given)} groups lose less than the others, {least}, for speed"
+
+
+def harm(candidates: Sequence[Candidate], counts: Sequence[int]) -> float:
+    """Mean square of the fractions that groups lose: a group that loses twice as much hurts four times as much."""
+    return float(np.mean([(count / c.group.size) ** 2 for c, count in zip(candidates, counts)]))
 
 
 def block_of(program: Program) -> int:
