@@ -121,6 +121,8 @@ def test_what_it_does_not_take_is_named():
     assert "expected float16 or bfloat16" in bitmap.accepts(torch.zeros(4, 8))
     with pytest.raises(InvalidInput, match="float32, expected float16"):
         bitmap.pack(torch.zeros(4, 8))
+    with pytest.raises(InvalidInput, match=r"no entries, its shape is \(0, 8\)"):
+        bitmap.pack(torch.zeros(0, 8).half())
     with pytest.raises(InvalidInput, match="splits is 9, expected 1 to 8"):
         bitmap.pack(torch.zeros(4, 8).half(), 9)
     with pytest.raises(InvalidInput, match=r"shape \(3, 7\), expected \(\.\.\., 8\)"):
@@ -159,7 +161,7 @@ def test_products_agree_with_float64(shape, dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("activation,function", (("relu", relu), ("silu", silu), ("gelu", gelu)))
+@pytest.mark.parametrize("activation,function", (("relu", relu), ("silu", silu), ("gelu", gelu), ("gelu_tanh", lambda y: gelu(y, approximate="tanh"))))
 def test_activations_are_fused(activation, function):
     weight, x = make(70, 90), torch.randn(2, 3, 90, device=DEVICE).half()
     y = bitmap.linear(x, bitmap.pack(weight), None, activation)

@@ -13,6 +13,7 @@ from torch import nn
 
 from graphprune.axes import leaves_of
 from graphprune.capture.torch_export import capture_torch
+from graphprune.errors import InvalidInput
 from graphprune.execute.likeness import distance, random_inputs
 from graphprune.program import Program
 from graphprune.surgery import Cut, apply_cut, torch_graph
@@ -67,6 +68,8 @@ def test_keep_one_and_remove_none(name: str) -> None:
     nothing = Cut(original.analysis, {})
     certificate = certify(original, apply_cut(original, nothing), nothing, seeds=(0,))
     assert certificate.error < 1e-14 and certificate.effect < 1e-14
+    with pytest.raises(InvalidInput, match="at least one random input"):
+        certify(original, apply_cut(original, nothing), nothing, seeds=())
 
 
 @pytest.mark.parametrize("name", TINY)

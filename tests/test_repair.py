@@ -193,9 +193,10 @@ def test_where_a_layer_has_no_bias_what_comes_after_it_takes_up_the_mean(tmp_pat
     torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_others_read_takes_up_nothing():
+@pytest.mark.parametrize("answer", (lambda normed, y: normed + y, lambda normed, y: (normed, y)), ids=("an addition", "the caller"))
+def test_what_others_read_takes_up_nothing(answer):
     class Twice(nn.Module):
-        """The batch norm reads the product, and so does the result."""
+        """The batch norm reads the product, and so does somebody else."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -203,7 +204,7 @@ def test_what_others_read_takes_up_nothing():
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.second(self.first(x).relu())
-            return self.norm(y) + y
+            return answer(self.norm(y), y)
 
     data = [[torch.randn(16, 3) + 1]]
     program = capture_torch(Twice().eval(), (data[0][0],))

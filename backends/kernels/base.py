@@ -264,6 +264,8 @@ def check_weight(weight: Tensor) -> str | None:
     """Why `weight` cannot be compressed by any format, or None."""
     if weight.dim() != 2:
         return f"the weight has {weight.dim()} axes, expected 2"
+    if not weight.numel():
+        return f"the weight has no entries, its shape is {tuple(weight.shape)}"
     if weight.dtype not in DTYPES:
         return f"the weight is {weight.dtype}, expected float16, bfloat16 or float32"
     return None
@@ -282,6 +284,8 @@ def define(
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         bound = signature.bind(*args, **kwargs).arguments
+        if bound["bias"] is not None:
+            bound["bias"] = bound["bias"].contiguous()  # kernels step through it one by one
         if bound.get("config") == EXPAND:
             product = torch.nn.functional.linear(bound["x"], expand(**bound).to(bound["x"].dtype))
             return epilogue(product, bound["bias"], bound["activation"], bound["x"].dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from graphprune.program import Kind, Node, Value
@@ -90,15 +90,16 @@ def affine(node: Node) -> Affine | None:
     return read(node) if read is not None and node.outputs[0].shape else None
 
 
-def offset(node: Node) -> tuple[Value, float] | None:
+def offset(node: Node, outputs: Collection[Value] = ()) -> tuple[Value, float] | None:
     """What a constant that is added to the result of a linear map, channel by channel, can go into, and with which sign.
 
-    Its own bias; where it has none, that of the addition, or the running mean of the batch norm, that is all that reads it.
+    Its own bias; where it has none, that of the addition, or the running mean of the batch norm, that is all that reads it: no other node,
+    nor whoever reads the `outputs` of the program.
     """
     own = affine(node)
     if own is not None and own.bias is not None:
         return own.bias, 1.0
-    if own is None or len(node.outputs[0].uses) != 1:
+    if own is None or len(node.outputs[0].uses) != 1 or node.outputs[0] in outputs:
         return None
     (reader,) = node.outputs[0].uses
     found = affine(reader)

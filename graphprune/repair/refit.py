@@ -59,11 +59,11 @@ def removed_mean(program: Program, cut: Cut, pruned: Program, data: Any) -> dict
     """
     layers = {
         node: linear for node, linear in _lost_inputs(program, cut, pruned).items()
-        if (found := offset(node)) is not None and found[0].name in pruned.weights
+        if (found := offset(node, program.outputs)) is not None and found[0].name in pruned.weights
     }  # fmt: skip
     out: dict[str, Tensor] = {}
     for linear, moments in _observed(program, layers, data, Moments):
-        found, axis = offset(linear.node), 1 - linear.input_axis
+        found, axis = offset(linear.node, program.outputs), 1 - linear.input_axis
         assert found is not None and moments.mean is not None
         name, sign = found[0].name, found[1]
         dense = kept(weight_of(linear.weight), cut, linear.weight, axis, axis).double()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphprune.errors import UnsupportedOp
+from graphprune.errors import InvalidInput, UnsupportedOp
 from graphprune.execute.interpreter import run
 from graphprune.execute.likeness import distance, random_inputs
 from graphprune.program import Program, Value
@@ -75,7 +75,12 @@ def certify(
 
     Args:
         zeroed: the weights that a plan puts zeros into, as they then are, at their original shapes.
+
+    Raises:
+        InvalidInput: there are no seeds.
     """
+    if not seeds:
+        raise InvalidInput("a cut is proved on at least one random input, found none")
     zeroed = dict(zeroed or {})
     reference = masked(program, cut, dtype, zeroed)
     error = effect = 0.0
