@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphprune.errors import InvalidInput
 
 DOMAIN, NAME = "graphprune", "Scattered"
-OLDEST_OPSET = 13
+OLDEST_OPSET = 11
 SMALL = 4096  # entries; smaller weights stay as they are
 BODY = """
 <opset_import: ["" : {opset}], domain: "graphprune">
@@ -51,9 +51,10 @@ def compress(model: ir.Model) -> list[str]:
     opset = model.opset_imports.get("") or onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:
         raise InvalidInput(f"weights are compressed in models of opset {OLDEST_OPSET} and newer, this one has {opset}: save it whole")
-    graph, packed = model.graph, []
+    graph = model.graph
+    packed: list[str] = []
     ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or id(value) in ends or tensor.size < SMALL or not ir.DataType(tensor.dtype).is_floating_point():
             continue
@@ -63,23 +64,23 @@ def compress(model: ir.Model) -> list[str]:
             continue
         values = np.concatenate([np.zeros(1, array.dtype), array[kept]])
         parts = {"values": values, "bits": np.packbits(kept, bitorder="little"), "shape": np.asarray(tuple(tensor.shape), np.int64)}
-        tensors = [ir.tensor(held, name=f"{value.name}.{part}") for part, held in parts.items()]
+        tensors = [ir.tensor(held, name=f"{name}.{part}") for part, held in parts.items()]
         operands = [ir.Value(name=it.name, const_value=it) for it in tensors]
-        node = ir.node(NAME, operands, domain=DOMAIN, name=f"{value.name}.{NAME}")
+        node = ir.node(NAME, operands, domain=DOMAIN, name=f"{name}.{NAME}")
         weight = node.outputs[0]
         weight.type, weight.shape = value.type, value.shape
-        del graph.initializers[value.name]
+        del graph.initializers[name]
         value.replace_all_uses_with(weight)
-        weight.name, value.name = value.name, None
+        weight.name, value.name = name, None
         for operand in operands:
             graph.register_initializer(operand)
         graph.insert_before(graph[0], node)
-        packed.append(weight.name)
+        packed.append(name)
     if packed:
         function = ir.serde.deserialize_function(onnx.parser.parse_function(BODY.format(opset=opset)))
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
-    return [name for name in packed if name]
+    return packed
 
 
 def expand(model: ir.Model) -> None:
