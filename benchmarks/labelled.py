@@ -358,30 +358,26 @@ def _key(cell: Cell, subject: Subject) -> str:
 # ---- budgets of parameters
 
 
-def spread_rows(subject: Subject, recipe: str | None, left: str) -> Iterable[dict[str, Any]]:
+def spread_rows(subject: Subject, how: str, left: str) -> Iterable[dict[str, Any]]:
     """At so many parameters: every group alike, then as `compile` does it, then every group alike until as few MACs are left."""
     import graphprune as gp
-    from graphprune.allocation import spread
+    from graphprune.allocation import Local
+    from graphprune.recipes import RECIPES
 
-    def row(what: str, budget: dict[str, Any], worth: float) -> dict[str, Any]:
-        data = subject.batches if recipe else None
-        before, spread.WORTH = spread.WORTH, worth
-        try:
-            result = gp.compile(subject.program, recipe=recipe, budget=budget, calibration_data=data, verify=False, progress=False)
-        finally:
-            spread.WORTH = before
+    def row(what: str, budget: dict[str, Any], even: bool) -> dict[str, Any]:
+        options = {} if how == "magnitude" else {k: getattr(RECIPES[how], v) for k, v in (("importance", "score"), ("repair", "repair"))}
+        if options:
+            options["calibration_data"] = subject.batches
+        result = gp.compile(subject.program, budget=budget, scope=Local(even), verify=False, progress=False, **options)
         dense, after = result.report.before, result.report.after
         latency = {"dense_ms": dense.latency.median_ms, "ms": after.latency.median_ms} if dense.latency and after.latency else {}
-        errors = subject.errors(result)
-        name = recipe or "no recipe"
-        return {"model": subject.name, "recipe": name, "what": what, "errors": errors, "params": after.params, "macs": after.macs, "zeros": 0, **latency}
+        size = {"params": after.params, "macs": after.macs, "zeros": 0}
+        return {"model": subject.name, "recipe": how, "what": what, "errors": subject.errors(result), **size, **latency}
 
-    alike = row(f"{left} alike", {"params": left}, 1.0)  # no spread saves all of the MACs
-    yield alike
-    usual = row(f"{left} usual", {"params": left}, spread.WORTH)
-    yield usual
-    if usual["macs"] != alike["macs"]:
-        yield row("its MACs", {"macs": usual["macs"] + 1}, 1.0)
+    alike, usual = row(f"{left} alike", {"params": left}, True), row(f"{left} usual", {"params": left}, False)
+    yield from (alike, usual)
+    if usual["macs"] < 0.98 * alike["macs"]:
+        yield row("its MACs", {"macs": usual["macs"] + 1}, True)
 
 
 # ---- reading them
@@ -424,9 +420,9 @@ def main() -> None:
     for model in options.models.split(",") if options.spread else []:
         subject = SUBJECTS[model](options.smoke)
         print(HEAD, flush=True)
-        for recipe in (None, options.recipes[0] if options.recipes else "obspa"):
+        for how in options.recipes or ("obspa", "magnitude"):  # score and repair of a recipe; by itself it cuts every group alike
             for left in ("80%", "60%"):
-                for row in spread_rows(subject, recipe, left):
+                for row in spread_rows(subject, how, left):
                     print(line(row), flush=True)
     if options.spread:
         return

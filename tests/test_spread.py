@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphprune.allocation import block_of, spread, whole_blocks
+from graphprune.allocation import Local, block_of, spread, whole_blocks
 from graphprune.api import apply, plan
 from graphprune.capture.torch_export import capture_torch
 from graphprune.costs import cost
@@ -81,7 +81,10 @@ def test_a_network_of_linear_layers_loses_alike() -> None:
 
 
 def test_a_small_cut_is_a_small_cut_everywhere() -> None:
-    assert make_plan(tapered(), budget={"params": "95%"}, round_to=1).settings["spread"] == "every group alike"
+    program, budget = tapered(), {"params": "95%"}
+    plan = make_plan(program, budget=budget, round_to=1)
+    assert plan.settings["spread"] == "every group alike"
+    assert plan.removed == make_plan(program, budget=budget, round_to=1, scope=Local(even=True)).removed
 
 
 @pytest.mark.parametrize("options", [{"scope": "global"}, {"scope": "isomorphic"}, {"budget": {"params": "60%", "macs": "60%"}}])

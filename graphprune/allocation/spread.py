@@ -58,7 +58,7 @@ def fastest(
     costs = [price(c.group) for c in given]
     density = np.array([cost.macs / max(cost.params, 1) for cost in costs])
     given = [replace(c, density=float(d)) for c, d in zip(given, density)]
-    even = Steps(analysis, given, scope, price)
+    even = Steps(analysis, candidates, scope, price)
     count = shortest(model, even, limits)
     sliced = np.array([not isinstance(c.group.atom, Branch) for c in given])
     if not count or not density[sliced].any():
@@ -84,7 +84,7 @@ def fastest(
     macs, ceiling, steps = min(finalists, key=lambda it: it[:2], default=(0, 0.0, even))
     slow = sum(c.pace < 1 for c in steps.candidates)
     if not slow or macs > (1 - WORTH) * filled(even):
-        return given, "every group alike"
+        return list(candidates), "every group alike"
     least = f"those with fewer than {ceiling:.0f} MACs per parameter"
     return list(steps.candidates), f"{slow} of {len(given)} groups lose less than the others, {least}, for speed"
 
