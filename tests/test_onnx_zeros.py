@@ -64,6 +64,17 @@ def test_every_shape_and_type_survives(dtype, shape, opset):
     assert np.array_equal(model.graph.initializers["w"].const_value.numpy(), array) and set(model.graph.initializers) == {"w"}
 
 
+def test_weights_in_constant_nodes_too():
+    array = np.eye(100, dtype=np.float32)
+    held = onnx.helper.make_node("Constant", [], ["w"], value=onnx.numpy_helper.from_array(array))
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, array.shape)
+    graph = onnx.helper.make_graph([held, onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [out])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9))
+    assert onnx_zeros.compress(model) == ["w"] and "Constant" not in {node.op_type for node in model.graph}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    assert np.array_equal(session.run(None, {})[0], array)
+
+
 def test_what_would_not_get_smaller_stays(tmp_path):
     rng = np.random.default_rng(0)
     for array in (rng.standard_normal((100, 100)).astype(np.float32), np.zeros((4, 4), np.float32), np.zeros((100, 100), np.int64)):

@@ -54,8 +54,7 @@ def compress(model: ir.Model) -> list[str]:
     graph = model.graph
     packed: list[str] = []
     ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
+    for name, value, tensor in list(_weights(graph)):
         if tensor is None or id(value) in ends or tensor.size < SMALL or not ir.DataType(tensor.dtype).is_floating_point():
             continue
         array = tensor.numpy().reshape(-1)
@@ -69,8 +68,11 @@ def compress(model: ir.Model) -> list[str]:
         node = ir.node(NAME, operands, domain=DOMAIN, name=f"{name}.{NAME}")
         weight = node.outputs[0]
         weight.type, weight.shape = value.type, value.shape
-        del graph.initializers[name]
         value.replace_all_uses_with(weight)
+        if (constant := value.producer()) is not None:
+            graph.remove(constant)
+        else:
+            del graph.initializers[name]
         weight.name, value.name = name, None
         for operand in operands:
             graph.register_initializer(operand)
@@ -104,6 +106,15 @@ def expand(model: ir.Model) -> None:
                 model.graph.initializers.pop(str(operand.name), None)
         model.graph.register_initializer(dense)
     model.functions.pop((DOMAIN, NAME, ""), None)
+
+
+def _weights(graph: ir.Graph) -> Iterator[tuple[str, ir.Value, ir.TensorProtocol | None]]:
+    """Initializers and constants, by name."""
+    for name, value in graph.initializers.items():
+        yield name, value, value.const_value
+    for node in graph:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            yield str(node.outputs[0].name), node.outputs[0], node.attributes["value"].as_tensor()
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
