@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphprune.allocation import Local
+from graphprune.allocation import Local, scope_of
 from graphprune.calibration import noise, reread
 from graphprune.errors import InvalidInput
 from graphprune.plan import Plan
@@ -82,7 +82,8 @@ def decide(
         if method.data and calibration_data is None:
             raise InvalidInput(f"recipe {method.name!r} needs calibration_data: an iterable of inputs such as the network gets in use")
         if not sparse:
-            scope = Local(even=True) if method.allocation == "local" else method.allocation  # a published method stays what it is
+            scope = scope_of(method.allocation)
+            scope = replace(scope, even=True) if isinstance(scope, Local) else scope  # a published method stays what it is
             importance, repair = method.score, (*method.repair, *(r for r in repair if r not in method.repair))
             units = method.unit if tuple(units) == DEFAULT_UNITS else units  # type: ignore[assignment]
             if sparsity is not None or pattern is not None:

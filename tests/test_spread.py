@@ -141,5 +141,7 @@ def test_a_recipe_cuts_every_group_alike_under_a_budget_too():
     """A published method stays what it is: the spread is for plans of one's own."""
     program, budget = tapered(), {"params": "70%"}
     own = plan(program, budget=budget, round_to=1)
-    recipe = plan(program, budget=budget, round_to=1, recipe="group_l2")
-    assert "lose less" in own.settings["spread"] and "spread" not in recipe.settings
+    assert "lose less" in own.settings["spread"]
+    for recipe, data in (("group_l2", None), ("llm_pruner", [torch.randn(2, 3, 16, 16)])):  # every group alike, and all but the ends
+        found = plan(program, budget=budget, round_to=1, recipe=recipe, calibration_data=data, loss=lambda y: y.square().sum())
+        assert "spread" not in found.settings

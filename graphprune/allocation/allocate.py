@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -60,7 +60,7 @@ class Local:
         even: also under a budget of sizes; else groups that are poor in MACs lose less there, see `graphprune.allocation.spread`.
     """
 
-    even: bool = False
+    even: bool = field(default=False, kw_only=True)
 
     def rivals(self, group: Group) -> Any:
         return group.name
