@@ -152,16 +152,17 @@ class Apart(nn.Module):
 
 
 WITHOUT_BIAS = {
-    "batch norm": (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), (5, 3, 8, 8)),
-    "batch norm without scale": (nn.Linear(3, 6), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4, affine=False), (16, 3)),
-    "addition": (nn.Linear(3, 6), Apart(), nn.Identity(), (16, 3)),
+    "batch norm": lambda: (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), (5, 3, 8, 8)),
+    "batch norm without scale": lambda: (nn.Linear(3, 6), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4, affine=False), (16, 3)),
+    "addition": lambda: (nn.Linear(3, 6), Apart(), nn.Identity(), (16, 3)),
 }
 
 
 @pytest.mark.parametrize("kind", WITHOUT_BIAS)
 @pytest.mark.parametrize("dialect", ["aten", "onnx"])
 def test_where_a_layer_has_no_bias_what_comes_after_it_takes_up_the_mean(tmp_path, kind, dialect):
-    first, second, third, shape = WITHOUT_BIAS[kind]
+    torch.manual_seed(0)
+    first, second, third, shape = WITHOUT_BIAS[kind]()
     net = nn.Sequential(first, nn.ReLU(), second, third, nn.ReLU(), nn.Flatten()).eval()
     if hasattr(third, "running_mean"):
         third.running_mean.uniform_(-1, 1)  # zeros would be one constant with the zeros of an absent bias
@@ -189,7 +190,7 @@ def test_where_a_layer_has_no_bias_what_comes_after_it_takes_up_the_mean(tmp_pat
 
     wanted, before = mean(program), mean(pruned)
     after = mean(repaired(program, cut, pruned, ("removed_mean",), data))
-    assert (before - wanted).abs().max() > 1e-2
+    assert (before - wanted).abs().max() > 1e-3
     torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-5)
 
 
