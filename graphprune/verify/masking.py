@@ -13,12 +13,13 @@ import torch
 
 from graphprune.axes import Axis, leaves_of
 from graphprune.errors import VerificationFailed
-from graphprune.execute.interpreter import Compute, run
+from graphprune.execute.interpreter import Compute, Intercept, run
 from graphprune.program import Kind, Node, Program, Value, substitute
 from graphprune.surgery.cut import Cut
 
 Gone = dict[int, torch.Tensor]  # axis -> boolean (size,): positions that are removed
 Neutral = Callable[[Mapping[str, Any], Gone, Compute], tuple[Any, ...]]
+Observe = Callable[[Node, Mapping[str, Any], tuple[Any, ...]], None]
 
 
 def run_masked(
@@ -34,8 +35,8 @@ def run_masked(
 
 def masked(
     program: Program, cut: Cut, dtype: torch.dtype | None = torch.float64, tensors: Mapping[Value, torch.Tensor] | None = None
-) -> Callable[[Sequence[Any]], list[Any]]:
-    """The same for many inputs: weights are masked once."""
+) -> Callable[..., list[Any]]:
+    """The same for many inputs: weights are masked once. What is returned also takes an observer of every node: see `observed`."""
     over = _reduced_axes(cut)
     weights = masked_weights(program, cut, tensors)
 
@@ -63,7 +64,20 @@ def masked(
             return tuple(_filled_where_undefined(result, gone) for result in compute(args))
         return compute(args)
 
-    return lambda inputs: run(program, inputs, tensors=weights, dtype=dtype, intercept=intercept)
+    return lambda inputs, observe=None: run(program, inputs, tensors=weights, dtype=dtype, intercept=observed(observe, intercept))
+
+
+def observed(observe: Observe | None, intercept: Intercept = lambda node, args, compute: compute(args)) -> Intercept:
+    """Nodes as they were intercepted, and `observe(node, arguments, results)` after each."""
+    if observe is None:
+        return intercept
+
+    def both(node: Node, args: Mapping[str, Any], compute: Compute) -> tuple[Any, ...]:
+        results = intercept(node, args, compute)
+        observe(node, args, results)
+        return results
+
+    return both
 
 
 def masked_weights(program: Program, cut: Cut, tensors: Mapping[Value, torch.Tensor] | None = None) -> dict[Value, torch.Tensor]:
