@@ -6,6 +6,7 @@ own shard of the data, and all ranks end with the statistics of the whole.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import Counter
@@ -274,11 +275,18 @@ def all_shards(store: Mapping[Hashable, Any]) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return
     for accumulator in {id(it): it for it in store.values()}.values():  # some have several names
+        own = {name: part.device for name, part in vars(accumulator).items() if isinstance(part, Tensor)}
         shards: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shards, accumulator)
+        on_host = _moved(accumulator, dict.fromkeys(own, torch.device("cpu")))  # another rank may not have this one's device
+        torch.distributed.all_gather_object(shards, on_host)
         first = shards[0]
         for shard in shards[1:]:
             first.merge(shard)
-        accumulator.__dict__.update(first.__dict__)
+        accumulator.__dict__.update(vars(_moved(first, own)))
 
 
+def _moved(accumulator: Any, devices: Mapping[str, torch.device]) -> Any:
+    """A copy with the named tensors elsewhere."""
+    moved = copy.copy(accumulator)
+    moved.__dict__.update({name: getattr(accumulator, name).to(device) for name, device in devices.items()})
+    return moved
