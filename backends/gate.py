@@ -129,7 +129,8 @@ class Gate:
             return min(sparse, key=lambda d: d.sparse_us or 0.0)
         if len(decisions) == 1:
             return decisions[0]
-        return Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given")
+        measured = [d.dense_us for d in decisions if d.dense_us is not None]
+        return Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given", dense_us=min(measured, default=None))
 
     def decide_both(
         self, kernels: Iterable[Choice], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
@@ -175,7 +176,7 @@ class Gate:
     def model(self, packed: Packed, tokens: int, element_size: int) -> float:
         """How many times faster than dense the roofline lets a packed weight be."""
         rows, columns = packed.shape
-        moved = tokens * (rows + columns) * element_size  # x and y cross memory either way
+        moved = tokens * packed.width * element_size  # x and y cross memory either way
         operations = 2.0 * rows * columns * tokens
         dense = self.roof.seconds(rows * columns * element_size + moved, operations)
         return dense / self.roof.seconds(packed.bytes + moved, operations * packed.work)
@@ -194,9 +195,12 @@ class Gate:
 
 def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) -> Measurement:
     """Times dense and every tile of `kernel`; a tile whose result is off, or that does not fit the device, is left out."""
-    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=torch.float32).to(weight.dtype)
-    dense_us = time_calls(dense_calls(weight, x)).median
-    expected = torch.nn.functional.linear(x[:64].double(), weight.double())
+    x = packed.example(tokens, weight)
+    if weight.dim() == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    dense_us = time_calls(dense_calls(weight, x, packed.dense)).median
+    few = x[: 64 if x.dim() == 2 else 1]  # rows, or an image
+    expected = packed.dense(few.double(), weight.double())
     clones = [packed.clone() for _ in range(copies(packed.bytes, weight.device))]
 
     def calls(config: str) -> list[Callable[[], Tensor]]:
@@ -205,7 +209,7 @@ def measure_kernel(kernel: Kernel, packed: Packed, weight: Tensor, tokens: int) 
     best = (float("inf"), "")
     for config in kernel.configs(packed, tokens):
         try:
-            error = (kernel.linear(x, packed, config=config)[:64].double() - expected).norm() / expected.norm()
+            error = (kernel.linear(x, packed, config=config)[: len(few)].double() - expected).norm() / expected.norm()
             if not error < 2 * TOLERANCE[x.dtype]:
                 log.warning("gate: %s with '%s' is off by %.1e and is left out", kernel.name, config, float(error))
                 continue

@@ -2,9 +2,10 @@
 
 `sparse_module` copies the module (every tensor is shared with the original) and lets each product `x W^T` with a masked weight go through a
 `Product`, which takes the path that was decided for the number of tokens at hand: dense, or a kernel with the weight stored compressed.
-Products are found in three places: linear modules, which change their class and stay where they are, so the rest of the model
-(`generate`, caches, hooks, names) does not notice; `aten.linear` nodes of graphs that stand in for a module; MatMul and Gemm nodes of a
-network that came as ONNX. Anything else with zeros (convolutions, stacked experts) runs dense, and is listed as such.
+Products are found in three places: linear modules and convolutions, which change their class and stay where they are, so the rest of the
+model (`generate`, caches, hooks, names) does not notice; `aten.linear` and `aten.conv2d` nodes of graphs that stand in for a module;
+MatMul, Gemm and Conv nodes of a network that came as ONNX. A convolution with tiles of zeros is a product too, whose tokens are the pixels
+of its result. Anything else with zeros (convolutions with groups, stacked experts) runs dense, and is listed as such.
 
 Layers that read the same value (queries, keys and values; gate and up) become one product with their weights side by side, where that
 was measured to be faster: one large product fills a GPU better than three small ones.
@@ -27,18 +28,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.backends.gate import Decision, Gate
-from graphprune.backends.products import FORMATS, TOKENS, Choice, Factor, Layer, Product, Site, full_weight
+from graphprune.backends.kernels import block_sparse_conv
+from graphprune.backends.products import FORMATS, IMAGES, TOKENS, Choice, Factor, Layer, Product, Site, full_weight
 from graphprune.errors import InvalidInput
 from graphprune.execute.module import ProgramModule
 from graphprune.program import Node, Program, Value
 
-GAIN = 1.03  # what weights side by side must gain over one product each
+GAIN = 1.0  # what weights side by side must gain over one product each: as fast is better, for there are fewer launches
 FEWEST_ZEROS = 0.1  # of a weight without a plan, to count as masked
 
 
 def sparse_module(
     result: Any, *, tokens: Sequence[int] = TOKENS, force: str | bool = False, gate: Gate | None = None, device: Any = None,
-    keep_dense: bool = True,
+    keep_dense: bool = True, images: Sequence[int] = IMAGES,
 ) -> nn.Module:  # fmt: skip
     """A module that computes what `result.module` computes, sparse where that is faster; it shares its weights.
 
@@ -50,22 +52,28 @@ def sparse_module(
         device: where the gate measures; by default where the weights are.
         keep_dense: whether weights that are also stored compressed stay on the device. False saves their memory: they move to the host's,
             cannot be trained, and a call with so many tokens that dense is faster expands the compressed ones first, every time.
+        images: the same as `tokens` for convolutions: numbers of images, as large as those the network was captured with. Activations are
+            taken to have their channels last in memory.
 
     Raises:
         InvalidInput: `force` is no kernel, or `tokens` is empty.
     """
     if isinstance(force, str) and force not in FORMATS:
         raise InvalidInput(f"force names a kernel, one of {', '.join(FORMATS)}, found {force!r}")
-    if not tokens or min(tokens) < 1:
-        raise InvalidInput(f"tokens are the numbers of tokens to decide for, each at least 1, found {tokens!r}")
+    for name, counts in {"tokens": tokens, "images": images}.items():
+        if not counts or min(counts) < 1:
+            raise InvalidInput(f"{name} are the numbers of {name} to decide for, each at least 1, found {counts!r}")
     source: nn.Module = result if isinstance(result, nn.Module) else result.module
     root = _copied(source)
     masks = _masks(root, None if isinstance(result, nn.Module) else result.plan.masks)
-    factors: dict[tuple[int, bool], Factor] = {}
+    program = getattr(result, "program", None)
+    sizes = _sizes(program)
+    factors: dict[tuple[Any, ...], Factor] = {}
     for site in _sites(root):
         if id(site.held) in masks:
             name, mask = masks[id(site.held)]
-            factor = factors.setdefault((id(site.held), site.transposed), Factor(name, mask.T if site.transposed else mask, []))
+            key = id(site.held), site.transposed, *(site.steps or {}).values()
+            factor = factors.setdefault(key, Factor(name, mask.T if site.transposed else mask, []))
             factor.sites.append(site)
 
     def choose(side_by_side: Sequence[Factor]) -> Choice:
@@ -73,10 +81,15 @@ def sparse_module(
         with torch.no_grad():
             weights = torch.cat([it.weight for it in side_by_side])
             masks = torch.cat([it.mask.to(weights.device) for it in side_by_side])
-            return Choice.of(full_weight(weights, masks), tuple(sorted(tokens)), gate or Gate(where), force)
+            full, counts, given = full_weight(weights, masks), sorted(tokens), {}
+            if steps := side_by_side[0].sites[0].steps:
+                given = {**steps, "size": sizes.get(side_by_side[0].name, block_sparse_conv.SIZE)}
+                pixels = prod(block_sparse_conv.outputs(given["size"], full.shape, **steps))
+                counts = sorted(max(1, count * pixels) for count in images)
+            return Choice.of(full, tuple(counts), gate or Gate(where), force, **given)
 
     layers: dict[str, list[Layer]] = {}
-    for several in _side_by_side(getattr(result, "program", None), factors.values()):
+    for several in _side_by_side(program, factors.values()):
         joint, single = _products(several, choose, tokens, bool(force))
         for index, factor in enumerate(several):
             runs = [*([joint] if joint else []), *([single[index]] if single else [])]
@@ -90,7 +103,7 @@ def sparse_module(
         for it in (*([joint] if joint else []), *single):
             it.settle()
     _fuse(root)
-    elsewhere = tuple(Decision("dense", n, "dense products only: what multiplies with it is no linear layer") for n in tokens)
+    elsewhere = tuple(Decision("dense", n, "dense products only: it is no linear layer and no plain convolution") for n in tokens)
     for name, mask in masks.values():
         layers.setdefault(name, [_layer([Factor(name, mask, [])], elsewhere)])
     root.__dict__["sparse_layers"] = tuple(dict.fromkeys(it for name, _ in masks.values() for it in layers[name]))
@@ -105,8 +118,10 @@ def _products(
     if len(several) > 1:
         together = choose(several)
         gains = dict.fromkeys(tokens, float("inf")) if force else together.gains(alone)
-        if max(gains.values()) > GAIN:
-            apart = {count for count, gain in gains.items() if gain < 1.0}
+        if force or any(it.sparse and gains[it.tokens] >= GAIN for it in together.decisions):
+            apart = {count for count, gain in gains.items() if gain < GAIN}
+    if len(several) == 1:
+        return None, [Product(several, alone[0])]
     single = [Product([factor], it.only(apart)) for factor, it in zip(several, alone)] if apart else []
     if together is None or apart == set(tokens):
         return None, single
@@ -164,7 +179,7 @@ def _masks(root: nn.Module, planned: Mapping[str, Tensor] | None) -> dict[int, t
     planned = {names.get(name, name): mask for name, mask in planned.items()} if planned is not None else None
     shown = {name: given for given, name in names.items()}
     for name, weight in root.named_parameters(remove_duplicate=False):
-        if planned is None and (weight.dim() != 2 or float((weight == 0).float().mean()) < FEWEST_ZEROS):
+        if planned is None and (weight.dim() not in (2, 4) or float((weight == 0).float().mean()) < FEWEST_ZEROS):
             continue
         if planned is None or name in planned:
             mask = weight.detach() != 0 if planned is None or planned[name].shape != weight.shape else planned[name]
@@ -179,6 +194,10 @@ def _sites(root: nn.Module) -> Iterator[Site]:
     for part in list(root.modules()):
         if type(part) is nn.Linear and "forward" not in vars(part):
             yield Site(part, "weight", False, functools.partial(_change_class, part, SparseLinear))
+        elif type(part) is nn.Conv2d and "forward" not in vars(part):
+            steps = _steps(part.stride, part.padding, part.dilation, part.groups) if part.padding_mode == "zeros" else None
+            if steps is not None:
+                yield Site(part, "weight", False, functools.partial(_change_class, part, SparseConv2d), steps)
         elif (type(part).__module__, type(part).__name__) == ("transformers.pytorch_utils", "Conv1D"):  # a linear layer
             yield Site(part, "weight", True, functools.partial(_change_class, part, _sparse(type(part))))  # type: ignore[arg-type]
         elif isinstance(part, fx.GraphModule):
@@ -202,6 +221,10 @@ class SparseLinear(SparseForward, nn.Linear):
     """A linear layer with a masked weight."""
 
 
+class SparseConv2d(SparseForward, nn.Conv2d):
+    """A convolution with a masked weight."""
+
+
 @functools.cache
 def _sparse(kind: Any) -> type[nn.Module]:
     """A layer of another library with a masked weight."""
@@ -213,19 +236,42 @@ def _change_class(layer: Any, kind: type[nn.Module], product: Product, part: int
     layer.product, layer.part = product, part
 
 
+def _steps(stride: Any, padding: Any, dilation: Any, groups: int) -> dict[str, tuple[int, int]] | None:
+    """How a convolution over images steps; None where no kernel does that."""
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    numbers = {name: tuple(it) * 2 if len(it) == 1 else tuple(it) for name, it in pairs.items() if not isinstance(it, str)}
+    plain = groups == 1 and len(numbers) == 3 and all(len(it) == 2 and all(isinstance(n, int) for n in it) for it in numbers.values())
+    return numbers if plain else None  # type: ignore[return-value]
+
+
+def _sizes(program: Program | None) -> dict[str, tuple[int, int]]:
+    """Height and width of the images that a convolution reads, by the name of its weight."""
+    found = {}
+    for node in program.nodes if program is not None else ():
+        if node.op_type in ("conv2d", "Conv") and (shape := node.inputs[0].shape) is not None and len(shape) == 4:
+            if all(isinstance(size, int) for size in shape[2:]):
+                found[node.inputs[1].name] = shape[2], shape[3]
+    return found
+
+
 def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        held = node.args[1]
-        if isinstance(held, fx.Node) and held.op == "get_attr" and not node.kwargs:
-            path, _, attribute = str(held.target).rpartition(".")
-            yield Site(module.get_submodule(path), attribute, False, functools.partial(_replace_node, module, node))
+    for target in (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default):
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            held, steps = node.args[1], None
+            if target is torch.ops.aten.conv2d.default:
+                stride, padding, dilation, groups = (*node.args[3:], *([1], [0], [1], 1)[len(node.args[3:]) :])
+                if (steps := _steps(stride, padding, dilation, groups)) is None:
+                    continue
+            if isinstance(held, fx.Node) and held.op == "get_attr" and not node.kwargs:
+                path, _, attribute = str(held.target).rpartition(".")
+                yield Site(module.get_submodule(path), attribute, False, functools.partial(_replace_node, module, node), steps)
 
 
 def _replace_node(module: fx.GraphModule, node: fx.Node, product: Product, part: int) -> None:
     name = f"product_{node.name}"
     module.add_submodule(name, product)
     with module.graph.inserting_before(node):
-        new = module.graph.call_module(name, (node.args[0], *node.args[2:]), {"part": part})
+        new = module.graph.call_module(name, (node.args[0], *node.args[2:3]), {"part": part})
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
@@ -235,16 +281,32 @@ def _replace_node(module: fx.GraphModule, node: fx.Node, product: Product, part:
 
 def _program_sites(module: ProgramModule) -> Iterator[Site]:
     for node in module.program.nodes:
-        if node.op == ("", "MatMul"):
+        steps, width = None, 2
+        if node.op == ("", "Conv"):
+            weight, bias, transposed, width = node.args["W"], node.args.get("B"), False, 4
+            if (steps := _onnx_steps(node)) is None:
+                continue
+        elif node.op == ("", "MatMul"):
             weight, bias, transposed = node.args["B"], None, True
         elif node.op == ("", "Gemm") and not node["transA"] and node["alpha"] == node["beta"] == 1:
             weight, bias, transposed = node.args["B"], node.args.get("C"), not node["transB"]
         else:
             continue
         plain = bias is None or (isinstance(bias, Value) and bias.shape is not None and len(bias.shape) == 1)
-        if isinstance(weight, Value) and weight.name in module.names and len(weight.shape or ()) == 2 and plain:
-            place = functools.partial(_intercept, module, node, "C" if bias is not None else "")
-            yield Site(module, module.names[weight.name], transposed, place)
+        if isinstance(weight, Value) and weight.name in module.names and len(weight.shape or ()) == width and plain:
+            place = functools.partial(_intercept, module, node, ("B" if steps else "C") if bias is not None else "")
+            yield Site(module, module.names[weight.name], transposed, place, steps)
+
+
+def _onnx_steps(node: Node) -> dict[str, tuple[int, int]] | None:
+    """As `_steps`, of a Conv with as much padding before as after."""
+    args, weight = node.args, node.args["W"]
+    if not isinstance(weight, Value) or len(weight.shape or ()) != 4 or args.get("auto_pad") not in (None, "NOTSET", "VALID"):
+        return None
+    pads = list(args.get("pads") or [0] * 4)
+    if args.get("auto_pad") == "VALID" or pads[:2] != pads[2:]:
+        pads = [0] * 4 if args.get("auto_pad") == "VALID" else []
+    return _steps(list(args.get("strides") or [1]), pads[:2], list(args.get("dilations") or [1]), int(args.get("group") or 1))
 
 
 class Products(dict[Node, tuple["Product", int, str]]):
@@ -254,7 +316,7 @@ class Products(dict[Node, tuple["Product", int, str]]):
         if node not in self:
             return compute(args)
         product, part, bias = self[node]
-        return (product(args["A"], args[bias] if bias else None, part=part),)
+        return (product(args["X" if node.op_type == "Conv" else "A"], args[bias] if bias else None, part=part),)
 
 
 def _intercept(module: ProgramModule, node: Node, bias: str, product: Product, part: int) -> None:
@@ -288,7 +350,8 @@ def _fuse(root: nn.Module) -> None:
         steps: list[tuple[int, str]] = []
         for index, layer in enumerate(part):
             name = _activation(layer)
-            if name and steps and steps[-1] == (index - 1, "") and type(part[index - 1]) is SparseLinear and _plain(part[index - 1]):
+            before = part[index - 1]
+            if name and steps and steps[-1] == (index - 1, "") and type(before) in (SparseLinear, SparseConv2d) and _plain(before):
                 steps[-1] = (index - 1, name)
             else:
                 steps.append((index, ""))

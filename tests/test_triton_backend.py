@@ -160,6 +160,15 @@ def test_weights_lie_side_by_side_only_where_that_is_faster(tmp_path, faster, jo
     assert (module.up.product is module.gate.product) is joined and kernels_of(module) == {"block_sparse"}
 
 
+def test_what_dense_takes_is_known_where_no_kernel_is_faster(tmp_path):
+    """Two kernels take zeros anywhere; without the time of dense, one weight alone could not be held against several side by side."""
+    weight = torch.randn(256, 512).bfloat16() * (torch.rand(256, 512) < 0.4)
+    times = {"bitmap": Measurement(6.0, 6.0, "tile"), "unstructured": Measurement(5.0, 7.0, "tile")}
+    gate = Gate("cpu", Table(tmp_path, "test"), measure=lambda kernel, *_: times[kernel.name], roof=Roof(1e9, 1e10, 0.0))
+    decision = gate.decide([FORMATS["bitmap"], FORMATS["unstructured"]], weight, 1)
+    assert (decision.path, decision.dense_us) == ("dense", 5.0), decision
+
+
 @pytest.mark.parametrize("keep_dense", (True, False))
 def test_side_by_side_for_few_tokens_and_apart_for_many(tmp_path, launched, keep_dense):
     def measure(kernel, packed, weight, tokens):
@@ -430,11 +439,13 @@ def test_a_graph_in_place_of_a_module_runs_sparse():
         torch.testing.assert_close(module(x), masked.module(x), **CLOSE)
 
 
-def test_what_is_no_linear_layer_is_listed_as_dense():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+def test_what_no_kernel_takes_is_listed_as_dense():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)
+    )  # fmt: skip
     result = pruned("unstructured", model.eval(), torch.randn(2, 3, 6, 6))
     rows = {row.name: row.reason for row in result.report.kernels}
-    assert "no linear layer" in rows["0.weight"] and "no CUDA" in rows["4.weight"]
+    assert "no tiles of channels" in rows["0.weight"] and "no plain convolution" in rows["2.weight"] and "no CUDA" in rows["4.weight"]
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(result(x), result.module(x))
 
