@@ -1,4 +1,4 @@
-"""One product `y = act(x W^T + bias)` with masked weights, of one layer or of several side by side.
+"""One product `y = act(x W^T + bias)` with masked weights, of one layer or of several side by side; or one convolution.
 
 It takes the path that was decided for the number of tokens at hand: dense, or a kernel with the weight stored compressed.
 
@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphprune.backends.gate import Decision, Gate
-from graphprune.backends.kernels import KERNELS, block_sparse, library
-from graphprune.backends.kernels.base import ACTIVATIONS, EXPAND, Kernel, Packed, check_weight
+from graphprune.backends.kernels import KERNELS, block_sparse, block_sparse_conv, library
+from graphprune.backends.kernels.base import ACTIVATIONS, EXPAND, Kernel, Packed
 
 FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
 TOKENS = (1, 8, 32, 2048)  # where it is decided: one sequence and two sizes of batch that decode, and prefill
+IMAGES = (1, 8, 64)  # the same for convolutions, whose tokens are pixels of their results
 WASTE = 1.1  # blocks may store so many times the weights that are kept
 EACH = "each"  # the path of weights side by side where one product each is faster
 
@@ -41,12 +43,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Site:
-    """A product with a weight: who holds it, whether as (columns, rows), and how (the nth part of) another one takes its place."""
+    """A product with a weight: who holds it, whether as (columns, rows), and how (the nth part of) another one takes its place.
+
+    Columns of a convolution are channels and a window, and `steps` its stride, padding and dilation.
+    """
 
     owner: nn.Module
     attribute: str
     transposed: bool
     place: Callable[[Product, int], None]
+    steps: Mapping[str, tuple[int, int]] | None = None
 
     @property
     def held(self) -> Tensor:
@@ -86,9 +92,12 @@ class Choice:
     packing: Mapping[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, weight: Tensor, tokens: Sequence[int], gate: Gate, force: str | bool) -> Choice:
-        """For a weight with zeros; see `sparse_module`."""
-        takes = [(kernel, options) for kernel, options in _formats(weight) if force in (False, True, kernel.name)]
+    def of(cls, weight: Tensor, tokens: Sequence[int], gate: Gate, force: str | bool, **given: Any) -> Choice:
+        """For a weight with zeros; see `sparse_module`. What is given are more options of `pack`."""
+        takes = [(kernel, {**options, **given}) for kernel, options in _formats(weight) if force in (False, True, kernel.name)]
+        if not takes and not force:
+            why = "no kernel takes its type and the places of its zeros" + (", which are no tiles of channels" if weight.dim() == 4 else "")
+            return cls(tuple(Decision("dense", count, why) for count in tokens), {})
         decisions = (_forced(takes, weight, count) if force else gate.decide(takes, weight, count) for count in tokens)
         return cls(tuple(decisions), {kernel.name: options for kernel, options in takes})
 
@@ -146,6 +155,7 @@ class Product(nn.Module):
         ends = [*accumulate(it.mask.shape[0] for it in factors)]
         self.rows = tuple(zip((0, *ends), ends))  # of each weight
         self.register_buffer("bits", _packed_bits(torch.cat([it.mask.to(self.sites[0].held.device) for it in factors])), persistent=False)
+        self.convolution = self.sites[0].steps
         self.expands = False  # dense products from the compressed weight, because the dense one is not on the device
         self.shared: tuple[Tensor, int, Tensor] | None = None  # an x, its version and the product, until all layers took their part
         self.decisions, self.options = choice.decisions, choice.options
@@ -170,8 +180,8 @@ class Product(nn.Module):
     def mask(self, part: int | None = None) -> Tensor:
         """(rows, columns) bool, of all layers or of one, on the weight's device."""
         flags = (self.bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.bits.device)) & 1
-        rows, columns = self.rows[-1][1], self.sites[0].weight.shape[1]
-        whole = flags.bool().flatten()[: rows * columns].reshape(rows, columns)
+        shape = self.rows[-1][1], *self.sites[0].weight.shape[1:]
+        whole = flags.bool().flatten()[: prod(shape)].reshape(shape)
         return whole if part is None else whole[slice(*self.rows[part])]
 
     def forward(self, x: Tensor, bias: Tensor | None = None, activation: str = "", part: int = 0) -> Tensor:
@@ -179,12 +189,12 @@ class Product(nn.Module):
         weight = self.sites[part].weight
         trains, compiling = torch.is_grad_enabled() and weight.requires_grad, torch.compiler.is_compiling()
         if trains and (compiling or self.training or not self.formats):
-            return ACTIVATIONS[activation](F.linear(x, weight * self.mask(part), bias))
+            return ACTIVATIONS[activation](self.dense(x, weight * self.mask(part), bias))
         if not compiling:
             self.refresh()
         if trains:
             return SparseForwards.apply(x, weight, bias, self, activation, part)
-        tokens = x.numel() // max(1, x.shape[-1])
+        tokens = self.tokens(x)
         path, config = self._path(tokens)
         if path == EACH:
             if not self.expands or self.each[part]._path(tokens)[0] != "dense":
@@ -196,11 +206,21 @@ class Product(nn.Module):
             if self.expands:
                 name = next(iter(self.options))
                 weight = FORMATS[name].unpack(self.formats[name])[slice(*self.rows[part])]
-            return ACTIVATIONS[activation](F.linear(x, weight, bias))
+            return ACTIVATIONS[activation](self.dense(x, weight, bias))
         if len(self.sites) == 1:
             return FORMATS[path].linear(x, self.formats[path], bias, activation, config)
         y = self._shared(x, path, config, part)[..., slice(*self.rows[part])].contiguous()
         return ACTIVATIONS[activation](y if bias is None else y + bias)
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias) if self.convolution is None else F.conv2d(x, weight, bias, **self.convolution)
+
+    def tokens(self, x: Tensor) -> int:
+        """Rows of the product."""
+        if self.convolution is None:
+            return x.numel() // max(1, x.shape[-1])
+        images = x.shape[0] if x.dim() == 4 else 1
+        return images * prod(block_sparse_conv.outputs(x.shape[-2:], self.sites[0].weight.shape, **self.convolution))
 
     def _shared(self, x: Tensor, path: str, config: str, part: int) -> Tensor:
         """The product for all layers: the first that is called with an x computes it, the last lets go of it."""
@@ -268,7 +288,7 @@ class SparseForwards(torch.autograd.Function):
         with torch.enable_grad():
             pairs = zip(ctx.saved_tensors, ctx.needs_input_grad)
             leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
-            y = ACTIVATIONS[ctx.activation](F.linear(leaves[0], leaves[1] * ctx.product.mask(ctx.part), leaves[2]))
+            y = ACTIVATIONS[ctx.activation](ctx.product.dense(leaves[0], leaves[1] * ctx.product.mask(ctx.part), leaves[2]))
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grads))
         return *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves), None, None, None
@@ -293,15 +313,20 @@ def _packed_bits(mask: Tensor) -> Tensor:
 
 def _formats(weight: Tensor) -> list[tuple[Kernel, dict[str, Any]]]:
     """Formats worth asking about, with options of `pack`: the largest blocks that store few zeros, else 2:4, else any zeros."""
-    if check_weight(weight) is not None or not weight.numel():
+    convolves = weight.dim() == 4
+    blocks = KERNELS["block_sparse_conv" if convolves else "block_sparse"]
+    if blocks.accepts(weight) is not None:
         return []
     kept = weight != 0
     count = int(kept.sum())
     for block in sorted(block_sparse.BLOCKS, reverse=True):
-        padded = F.pad(kept, (0, -weight.shape[1] % block, 0, -weight.shape[0] % block))
+        flat = block_sparse_conv.matrix(kept, block) if convolves else kept
+        padded = F.pad(flat, (0, -flat.shape[1] % block, 0, -flat.shape[0] % block))
         tiles = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
-        if block <= max(weight.shape) and int(tiles.sum()) * block * block <= WASTE * count < weight.numel():
-            return [(KERNELS["block_sparse"], {"block": block})]
+        if block <= max(weight.shape[:2]) and int(tiles.sum()) * block * block <= WASTE * count < weight.numel():
+            return [(blocks, {"block": block})]
+    if convolves:
+        return []
     pairs = [FORMATS["two_four"], FORMATS["two_four_library"]] if FORMATS["two_four"].accepts(weight) is None else []
     return [(kernel, {}) for kernel in (*pairs, KERNELS["bitmap"], KERNELS["unstructured"])]
 

@@ -64,7 +64,9 @@ def time_calls(calls: Sequence[Callable[[], Any]], repeats: int = 30, rounds: in
     return time_graph(capture(calls, rounds), len(calls) * rounds, repeats)
 
 
-def dense_calls(weight: Tensor, x: Tensor) -> list[Callable[[], Tensor]]:
+def dense_calls(
+    weight: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.linear
+) -> list[Callable[[], Tensor]]:
     """y = x W^T by the vendor's library, on rotated copies of `weight`."""
     weights = [weight.clone() for _ in range(copies(weight.numel() * weight.element_size(), weight.device))]
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc, call-arg]
+    return [lambda w=w: product(x, w) for w in weights]  # type: ignore[misc, call-arg]

@@ -1,18 +1,28 @@
-"""The block-sparse convolution against `conv2d` in float64 (in Triton's interpreter where there is no GPU)."""
+"""The block-sparse convolution against `conv2d` in float64 (in Triton's interpreter where there is no GPU), and networks that run by it."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import conv2d, gelu, relu, silu
 
+import graphprune as gp
+from graphprune.backends import gate as gates
+from graphprune.backends.gate import Gate, Measurement, Roof, Table
 from graphprune.backends.kernels import block_sparse
 from graphprune.backends.kernels import block_sparse_conv as conv
 from graphprune.backends.kernels.base import DTYPES, EXPAND, TOLERANCE, interpreted, triton
+from graphprune.backends.triton import FusedSequential, SparseConv2d, sparse_module
 from graphprune.errors import InvalidInput
+from graphprune.sparsity import pattern_of
+from tests.randomise import seeded
 
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
     triton is None or not (torch.cuda.is_available() or interpreted()), reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1"
@@ -234,3 +244,195 @@ def test_wrong_calls_say_what_is_wrong() -> None:
             conv.linear(*args)
     with pytest.raises(InvalidInput, match="blocks of 48 x 48 have no kernel"):
         conv.pack(torch.ones(16, 16, 3, 3), 48)
+
+
+# ---- tiles of a convolution
+
+
+def tiles(mask: torch.Tensor, block: int) -> torch.Tensor:
+    """(block rows, blocks of channels, taps): whether a tile stays, of a mask (M, C, *window) that is made of whole tiles."""
+    cells = mask.flatten(2).unflatten(1, (-1, block)).unflatten(0, (-1, block)).permute(0, 2, 4, 1, 3).flatten(3)
+    assert (cells.all(-1) == cells.any(-1)).all(), "a tile is cut in two"
+    return cells.all(-1)
+
+
+def test_tiles_of_a_convolution_lie_at_one_position_of_its_window() -> None:
+    scores = torch.rand(1, 8, 8, 9)
+    scores[0, 4:, :4, 7] = 0.0
+    keep = pattern_of("block:4x4").keep(scores.flatten(2), 0.5, "layer", 9).reshape(8, 8, 3, 3)
+    kept = tiles(keep, 4)
+    assert kept.sum() == 18 and not kept[1, 0, 7]
+    norms = scores.reshape(2, 4, 2, 4, 9).sum((1, 3))
+    assert norms[kept].min() >= norms[~kept].max()
+    assert torch.equal(pattern_of("block:4x4").keep(scores.flatten(2), 0.5, "layer"), pattern_of("block:4x4").keep(scores.flatten(2), 0.5, "layer", 1))
+
+
+@pytest.mark.parametrize("recipe", ("magnitude", "wanda", "sparsegpt", "mrp"))
+def test_recipes_make_tiles_of_convolutions(recipe: str) -> None:
+    with seeded(0):
+        model, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.Flatten(), nn.Linear(64, 3)).eval(), torch.randn(8, 16, 6, 6)
+        options = {} if recipe == "magnitude" else {"recipe": recipe, "calibration_data": [x]}
+        result = gp.compile(model, x, sparsity=0.5, pattern="block:8x8", progress=False, **options)
+    assert result.certificate.passed
+    for name in ("0.weight", "2.weight"):
+        kept = tiles(result.plan.masks[name], 8)
+        assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.05) and not result.module.get_parameter(name)[~result.plan.masks[name]].any()
+    if recipe in ("sparsegpt", "mrp"):
+        again = gp.apply(model, result.plan, x, calibration_data=[x])
+        for name, weight in result.module.named_parameters():
+            torch.testing.assert_close(again.module.get_parameter(name), weight, **CLOSE)
+
+
+# ---- networks
+
+
+class Net(nn.Module):
+    """A stem with few channels, a plain stack, a convolution that steps and one with groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.plain = nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(32, 48, 1), nn.SiLU())
+        self.grouped = nn.Conv2d(48, 48, 3, 1, 1, groups=3)
+        self.steps = nn.Conv2d(48, 64, (3, 1), (2, 1), (1, 0))
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(self.plain(self.stem(x).relu()))
+        return self.head(self.steps(x).relu().mean((2, 3)))
+
+
+def net(**options):  # type: ignore[no-untyped-def]
+    with seeded(0):
+        model, x = Net().eval(), torch.randn(2, 3, 10, 12)
+        return gp.compile(model, x, sparsity=0.6, pattern="block:16x16", progress=False, **options), x
+
+
+def paths(module: nn.Module) -> dict[str, set[str]]:
+    return {layer.name: {it.path for it in layer.decisions} for layer in module.sparse_layers}  # type: ignore[union-attr]
+
+
+SPARSE = {"plain.0.weight", "plain.2.weight", "steps.weight"}  # the stem's tiles hold too few channels, and one has groups
+
+
+def test_convolutions_with_tiles_of_zeros_run_by_the_kernel() -> None:
+    result, x = net()
+    module = sparse_module(result, force=True, images=(1, 2))
+    assert {name for name, path in paths(module).items() if path == {"block_sparse_conv"}} == SPARSE
+    assert [it.tokens for it in module.steps.product.decisions] == [18, 36]  # 3 x 6 pixels an image
+    assert type(module.plain) is FusedSequential and module.plain.steps == ((0, "relu"), (2, "silu"))
+    assert type(module.plain[0]) is SparseConv2d and list(module.state_dict()) == list(result.module.state_dict())
+    with torch.no_grad():
+        expected = result.module(x)
+        torch.testing.assert_close(module(x), expected, **CLOSE)
+        torch.testing.assert_close(module.plain[0](torch.ones(32, 5, 5)), result.module.plain[0](torch.ones(32, 5, 5)), **CLOSE)
+        torch.testing.assert_close(copy.deepcopy(module).to(memory_format=torch.channels_last)(x), expected, **CLOSE)
+        module.plain[0].product.formats["block_sparse_conv"].values.mul_(1.5)
+        assert not torch.allclose(module(x), expected, rtol=1e-4), "what is computed with is not what the kernel holds"
+
+
+def test_convolutions_train_through_their_masks_and_the_kernel_follows() -> None:
+    result, x = net()
+    module = copy.deepcopy(sparse_module(result, force=True, images=(2,)))
+    dense = copy.deepcopy(result.module)
+    for it in (module, dense):
+        it(x).square().sum().backward()
+    mask = result.plan.masks["plain.0.weight"]
+    ours, theirs = module.plain[0].weight.grad, dense.plain[0].weight.grad
+    assert not ours[~mask].any()
+    torch.testing.assert_close(ours, theirs * mask, rtol=1e-4, atol=1e-5)
+    before = module(x).detach()
+    torch.optim.SGD(module.parameters(), lr=0.5).step()
+    assert torch.equal(module.plain[0].weight == 0, ~mask)
+    plain = Net().eval()
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), plain(x), **CLOSE)
+        assert not torch.allclose(module(x), before, rtol=1e-3)
+        module.load_state_dict(result.module.state_dict())
+        torch.testing.assert_close(module(x), result.module(x), **CLOSE)
+
+
+def test_dense_convolutions_can_leave_the_device() -> None:
+    result, x = net()
+    module = sparse_module(result, force=True, images=(2,), keep_dense=False)
+    product = module.plain[0].product
+    assert product.expands
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), result.module(x), **CLOSE)
+        product.steps = tuple((count, "dense", "") for count, _, _ in product.steps)
+        expected = result.module(x)
+        module.plain[0].weight.data.fill_(float("nan"))  # not what is multiplied with
+        torch.testing.assert_close(module(x), expected, **CLOSE)
+
+
+def test_compiled_convolutions_are_one_graph() -> None:
+    result, x = net()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph, inputs):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    module = sparse_module(result, force=True, images=(2,))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=keep)(x), result.module(x), **CLOSE)
+    assert len(graphs) == 1 and str(graphs[0].graph).count("block_sparse_conv") >= len(SPARSE)
+
+
+def test_convolutions_of_an_exported_graph_and_of_an_onnx_file(tmp_path: Path) -> None:
+    result, x = net()
+    graph = torch.export.export(Net().eval(), (x,)).module()
+    graph.load_state_dict(result.module.state_dict())
+    found = sparse_module(graph, force=True, images=(2,))  # without a plan, zeros count as masked
+    assert {name for name, path in paths(found).items() if path == {"block_sparse_conv"}} == SPARSE
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), result.module(x), **CLOSE)
+    torch.onnx.export(Net().eval(), (x,), tmp_path / "net.onnx", dynamo=True, verbose=False)
+    onnx = gp.compile(tmp_path / "net.onnx", sparsity=0.6, pattern="block:16x16", progress=False)
+    found = sparse_module(onnx, force=True, images=(2,))
+    assert sum(path == {"block_sparse_conv"} for path in paths(found).values()) == len(SPARSE)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), onnx.module(x), **CLOSE)
+
+
+def test_the_gate_decides_by_images_of_the_example(tmp_path: Path) -> None:
+    """At 64 images faster and at one not, and a measurement knows how the convolution steps."""
+    asked: list[tuple[tuple[int, ...], int, tuple[int, int]]] = []
+
+    def measure(kernel, packed, weight, tokens):  # type: ignore[no-untyped-def]
+        asked.append((packed.full, tokens, packed.stride))
+        x = packed.example(tokens, weight)
+        y = kernel.linear(x[:1], packed)
+        assert y.shape == packed.dense(x[:1], weight).shape and x.shape[0] * y[0, 0].numel() == tokens
+        return Measurement(20.0, 10.0 if x.shape[0] > 1 else 19.0, kernel.configs(packed, tokens)[0])
+
+    result, _ = net()
+    gate = Gate("cpu", Table(tmp_path, "test"), measure=measure, roof=Roof(1e13, 1e9, 0.0))
+    module = sparse_module(result, gate=gate, images=(4, 1))
+    assert ((64, 48, 3, 1), 18, (2, 1)) in asked and ((64, 48, 3, 1), 72, (2, 1)) in asked
+    assert paths(module)["steps.weight"] == {"dense", "block_sparse_conv"} and paths(module)["stem.weight"] == {"dense"}
+    product = module.steps.product
+    assert product._path(18)[0] == "dense" and product._path(19)[0] == product._path(999)[0] == "block_sparse_conv"
+    asked.clear()
+    sparse_module(result, gate=gate, images=(4, 1))
+    assert not asked, "measurements are kept"
+
+
+def test_measuring_a_convolution_checks_it_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that stands still: which tiles are timed, and that one whose result is off is left out."""
+    row = ROWS[0]
+    weight = make(row)
+    packed = conv.pack(weight, 16, **row.steps, size=(6, 5))
+    monkeypatch.setattr(gates, "time_calls", lambda calls, **_: (calls[0](), gates_timing(5.0))[1])
+    monkeypatch.setattr(gates, "copies", lambda *_: 1)
+    monkeypatch.setattr("graphprune.backends.timing.copies", lambda *_: 1)
+    assert gates.measure_kernel(conv.KERNEL, packed, weight, 60).config in conv.configs(packed, 60)
+    packed.values.mul_(1.01)
+    assert gates.measure_kernel(conv.KERNEL, packed, weight, 60).config == ""
+
+
+def gates_timing(median: float):  # type: ignore[no-untyped-def]
+    from graphprune.backends.timing import Timing
+
+    return Timing(median, median, median)

@@ -189,6 +189,19 @@ class Packed:
         """Share of the dense product's operations that the kernel does; 1 where it expands the weight."""
         return 1.0
 
+    @property
+    def width(self) -> int:
+        """Numbers of x and y that cross memory for a token."""
+        return sum(self.shape)
+
+    def example(self, tokens: int, like: Tensor) -> Tensor:
+        """An x with so many tokens, to measure with."""
+        return torch.randn(tokens, self.shape[1], device=like.device, dtype=torch.float32).to(like.dtype)
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product with the weight that is not compressed."""
+        return torch.nn.functional.linear(x, weight)
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -51,6 +51,7 @@ from graphprune.errors import InvalidInput
 
 NAMES = ("images", "high", "wide", "warps", "stages", "swap", "tma")
 Pair = tuple[int, int]
+SIZE = (28, 28)  # of images, where it is not known
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,6 @@ class BlockSparseConv(Packed):
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            weight = weight.contiguous(memory_format=torch.channels_last)
             return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
 
 
@@ -107,7 +107,7 @@ def accepts(weight: Tensor) -> str | None:
 
 
 def pack(
-    weight: Tensor, block: int = 64, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1), size: Pair = (28, 28)
+    weight: Tensor, block: int = 64, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1), size: Pair = SIZE
 ) -> BlockSparseConv:
     """Keeps the blocks of `weight` (M, C, taps high, taps wide) that hold a non-zero.
 
@@ -306,14 +306,15 @@ def candidates(block: int, lengths: Sequence[int], steps_by_one: bool, x: Tensor
     return [config(**dict(zip(NAMES, (*patch(pixels, lengths), *rest)))) for pixels, *rest in tiles]
 
 
-# Pixels, warps, stages, swap, tma. Stages as in `block_sparse`: reading the column of a block before the block takes some too. The matrix
-# units take 64 rows at least, so that blocks of 16 and 32 outputs have to be the columns (swap).
+# Pixels, warps, stages, swap, tma. Stages as in `block_sparse`; lists are short here, so that several programs on one multiprocessor, which
+# start and end in turn, are worth more than many steps in flight. The matrix units take 64 rows at least, so that blocks of 16 and 32
+# outputs have to be the columns (swap).
 TILES = (
-    (256, 4, 7, 0, 1), (128, 4, 7, 0, 1), (256, 4, 5, 0, 1), (128, 4, 9, 0, 1), (256, 8, 5, 0, 1), (64, 4, 7, 0, 1),
-    (128, 4, 5, 0, 0), (128, 4, 5, 1, 0), (256, 8, 5, 1, 0),
+    (128, 4, 5, 0, 1), (256, 4, 3, 0, 1), (256, 4, 5, 0, 1), (128, 4, 3, 0, 1), (128, 4, 7, 0, 1), (256, 8, 5, 0, 1), (64, 4, 5, 0, 1),
+    (128, 4, 5, 0, 0), (128, 4, 3, 1, 0), (128, 4, 5, 1, 0), (256, 8, 5, 1, 0),
 )  # fmt: skip
 SMALL_TILES = (
-    (256, 4, 7, 1, 1), (128, 4, 7, 1, 1), (256, 8, 7, 1, 1), (128, 4, 9, 1, 1), (128, 4, 5, 1, 0), (256, 4, 5, 1, 0), (128, 4, 7, 1, 0),
+    (256, 4, 5, 1, 1), (128, 4, 7, 1, 1), (256, 8, 7, 1, 1), (128, 4, 9, 1, 1), (128, 4, 5, 1, 0), (256, 4, 5, 1, 0), (128, 4, 7, 1, 0),
 )
 LAST_TILE = (32, 4, 3, 0, 0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphprune.calibration import Gram, Moments
 from graphprune.repair import obs
-from graphprune.sparsity.patterns import NOfM, Pattern
+from graphprune.sparsity.patterns import NOfM, Pattern, Tiles
 
 UPDATES = {"obs_sequential": "sequential", "obs_joint": "joint"}  # names in a plan's repairs
 BLOCK = 128  # columns that are chosen and made up for together
@@ -44,18 +44,29 @@ class Weights:
         return {"moments": Moments, "gram": Gram, None: None}[self.need]
 
     def masked(
-        self, matrix: Tensor, statistic: Any, pattern: Pattern, sparsity: float, keep: Tensor | None = None
+        self, matrix: Tensor, statistic: Any, pattern: Pattern, sparsity: float, keep: Tensor | None = None, window: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """New weights and mask of one layer; with `keep` given, only the weights are new."""
+        """New weights and mask of one layer; with `keep` given, only the weights are new. `window`: positions of a convolution's window."""
         if self.update is None:
             if keep is None:
                 assert self.score is not None
-                keep = pattern.keep(self.score(matrix, statistic), sparsity, self.compare)
+                keep = pattern.keep(self.score(matrix, statistic), sparsity, self.compare, window)
             return matrix * keep, keep
         hessian = statistic.hessian(DAMPING)
         matrix = matrix.to(hessian.dtype).masked_fill(statistic.dead[:, None], 0.0)
         if keep is None and self.score is not None:
-            keep = pattern.keep(self.score(matrix, statistic), sparsity, self.compare)
+            keep = pattern.keep(self.score(matrix, statistic), sparsity, self.compare, window)
+        if isinstance(pattern, Tiles) and window > 1:  # position after position of the window, so that a step holds whole tiles
+            order = torch.arange(matrix.shape[-1], device=matrix.device).reshape(-1, window).T.flatten()
+            back, keep = order.argsort(), keep[..., order] if keep is not None else None
+            new, mask = self._swept(matrix[..., order], hessian[:, order][..., order], pattern, sparsity, keep)
+            return new[..., back], mask[..., back]
+        return self._swept(matrix, hessian, pattern, sparsity, keep)
+
+    def _swept(
+        self, matrix: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """New weights and mask, by a sweep over the columns."""
         step = pattern.of if isinstance(pattern, NOfM) else BLOCK
         device, small = matrix.device, step <= obs.SMALL and matrix.numel() <= ON_HOST
         if small:  # steps of a few columns, one after the other: launching them takes longer than a processor does

@@ -1,6 +1,7 @@
 """Which weights of a matrix may go together: any, N of M neighbours, or whole tiles.
 
-A pattern turns scores (groups, outputs, inputs) into a mask of the same shape, True where a weight stays.
+A pattern turns scores (groups, outputs, inputs) into a mask of the same shape, True where a weight stays. The inputs of a convolution are
+its channels times the `window` positions of its window, which are innermost.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Unstructured:
     def __str__(self) -> str:
         return "unstructured"
 
-    def keep(self, scores: Tensor, sparsity: float, compare: str) -> Tensor:
+    def keep(self, scores: Tensor, sparsity: float, compare: str, window: int = 1) -> Tensor:
         pool = scores if compare == "row" else scores.flatten(1)
         return _all_but_smallest(pool, int(pool.shape[-1] * sparsity + 1e-9)).reshape(scores.shape)
 
@@ -45,7 +46,7 @@ class NOfM:
     def sparsity(self) -> float:
         return 1 - self.kept / self.of
 
-    def keep(self, scores: Tensor, sparsity: float, compare: str) -> Tensor:
+    def keep(self, scores: Tensor, sparsity: float, compare: str, window: int = 1) -> Tensor:
         whole = scores.shape[-1] // self.of * self.of
         cells = scores[..., :whole].unflatten(-1, (-1, self.of))
         mask = torch.ones_like(scores, dtype=torch.bool)
@@ -59,7 +60,10 @@ class NOfM:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Whole tiles of `rows` outputs times `columns` inputs; the tiles of least norm of a matrix go (an edge tile counts as a whole one)."""
+    """Whole tiles of `rows` outputs times `columns` inputs; the tiles of least norm of a matrix go (an edge tile counts as a whole one).
+
+    A tile of a convolution (without groups) lies at one position of the window, and its inputs are channels: so a kernel can skip it.
+    """
 
     rows: int
     columns: int
@@ -67,12 +71,13 @@ class Tiles:
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.columns}"
 
-    def keep(self, scores: Tensor, sparsity: float, compare: str) -> Tensor:
-        outputs, inputs = scores.shape[1:]
-        padded = F.pad(scores.double(), (0, -inputs % self.columns, 0, -outputs % self.rows))
+    def keep(self, scores: Tensor, sparsity: float, compare: str, window: int = 1) -> Tensor:
+        cells = scores.double().unflatten(2, (-1, window))  # (groups, outputs, inputs, window)
+        outputs, inputs = cells.shape[1:3]
+        padded = F.pad(cells, (0, 0, 0, -inputs % self.columns, 0, -outputs % self.rows))
         tiles = padded.unflatten(2, (-1, self.columns)).unflatten(1, (-1, self.rows)).sum((2, 4))
         stay = _all_but_smallest(tiles.flatten(1), int(tiles[0].numel() * sparsity + 1e-9)).reshape(tiles.shape)
-        return stay.repeat_interleave(self.rows, 1).repeat_interleave(self.columns, 2)[:, :outputs, :inputs]
+        return stay.repeat_interleave(self.rows, 1).repeat_interleave(self.columns, 2)[:, :outputs, :inputs].flatten(2)
 
 
 Pattern = Unstructured | NOfM | Tiles

@@ -102,7 +102,7 @@ def solve_masks(
 
     def decide(linear: LinearMap, weight: Tensor, statistic: Any) -> Tensor:
         matrix = linear.matrix(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-        new, keep = method.masked(matrix, statistic, pattern, levels[linear.weight])
+        new, keep = method.masked(matrix, statistic, pattern, levels[linear.weight], window=_window(linear))
         tensor = linear.tensor(new).to(weight.dtype)
         masks[linear.weight.name] = linear.tensor(keep).cpu()
         if method.update is not None:
@@ -112,6 +112,11 @@ def solve_masks(
     wanted, dtype = [linear.weight for linear in layers], working_dtype(program, device)
     layerwise(program, data, decide, make=method.make, only=wanted, dtype=dtype, device=device, load=load)
     return masks, weights
+
+
+def _window(linear: LinearMap) -> int:
+    """Positions that tiles are apart by; a matrix of a convolution with groups is narrower than tiles are made for."""
+    return linear.window if linear.groups == 1 else 1
 
 
 def repair_masked(program: Program, masks: Mapping[str, Tensor], update: str, pattern: Pattern, data: Any) -> dict[str, Tensor]:
@@ -125,7 +130,7 @@ def repair_masked(program: Program, masks: Mapping[str, Tensor], update: str, pa
     def decide(linear: LinearMap, weight: Tensor, statistic: Any) -> Tensor:
         keep = linear.matrix(masks[linear.weight.name].to(weight.device))
         matrix = linear.matrix(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-        new, _ = method.masked(matrix, statistic, pattern, 0.0, keep)
+        new, _ = method.masked(matrix, statistic, pattern, 0.0, keep, _window(linear))
         out[linear.weight.name] = linear.tensor(new).to(weight.dtype)
         return out[linear.weight.name]
 
