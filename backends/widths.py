@@ -1,8 +1,9 @@
 """How a device runs widths that are no multiples of 8, 16, ...: measured once, kept on disk, and read by plans with round_to="auto".
 
-Measured are pairs of layers around the hidden width that a plan would cut: linear + ReLU + linear for few rows and for many, and a 1 x 1
-convolution + ReLU + a 3 x 3 one (1 x 1 where the hidden layer is the wider one, as the stream of a residual network is). So a width is
-judged as what one layer gives and as what the next one takes. What the times say is in `graphprune.widths`.
+Measured are layers around the hidden width that a plan would cut, ReLU between them: two linear ones for few rows and for many, two 1 x 1
+convolutions where the hidden layer is the wider one, as the stream of a residual network is, and with a 3 x 3 one between them where it is
+not; and a 7 x 7 one on images. So a width is judged as what one layer gives and as what the next one takes. What the times say is in
+`graphprune.widths`.
 
 A plan measures by itself only for weights on a GPU, once for a device and library, in a few seconds, and says so. For a CPU it takes what
 `graphprune bench --widths` measured there, else the rule. `GRAPHPRUNE_WIDTHS=rule` keeps to the rule everywhere.
@@ -14,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -34,13 +35,13 @@ from graphprune.cache import Cache
 from graphprune.errors import GraphPruneError, MissingExtra
 from graphprune.measure import interleaved, threads
 from graphprune.program import Program
-from graphprune.widths import BLOCK, RULE, Costs, Sample, Widths, relative_costs, widths_of_sample
+from graphprune.widths import BLOCK, RULE, Costs, Sample, Widths, relative_costs, relative_eighths, widths_of_sample
 
 log = logging.getLogger("graphprune")
 
-VERSION = 2  # of what is measured
+VERSION = 3  # of what is measured
 SWITCH = "GRAPHPRUNE_WIDTHS"
-SECONDS = {"cuda": 6.0, "cpu": 4.0}  # at most, for one backend and type; a network that was begun is finished
+SECONDS = {"cuda": 5.0, "cpu": 4.0}  # at most, for one backend and type; a network that was begun is finished
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MEASURED: Mapping[tuple[str, str], tuple[torch.dtype, ...]] = {  # (backend, device) -> types that are measured
     ("torch", "cuda"): tuple(NAMES),
@@ -48,23 +49,24 @@ MEASURED: Mapping[tuple[str, str], tuple[torch.dtype, ...]] = {  # (backend, dev
     ("onnxruntime", "cuda"): (torch.float32, torch.float16),
     ("onnxruntime", "cpu"): (torch.float32,),
 }
+IMAGES = 3  # the width around the hidden one that stands for a 7 x 7 convolution on images
 # (width around the hidden one, rows or pixels of a side, hidden width, units wanted): awkward widths, as ratios leave them
 LINEAR = {
     "cpu": ((256, 64, 512, 359), (256, 1, 1024, 717), (256, 64, 256, 179), (256, 1, 512, 307)),
     "cuda": (
-        (1024, 2048, 2048, 1435), (1024, 16, 2048, 1229), (1024, 2048, 1024, 717), (1024, 16, 3072, 2099), (1024, 2048, 512, 359),
-        (2048, 4096, 8192, 5735), (1024, 8192, 3072, 2151),
+        (1024, 2048, 2048, 1435), (1024, 16, 3072, 2099), (1024, 2048, 1024, 717), (2048, 4096, 8192, 5735), (1024, 2048, 512, 359),
+        (1024, 16, 2048, 1229), (1024, 8192, 3072, 2151),
     ),
 }  # fmt: skip
 CONVOLUTION = {
     "cpu": ((64, 28, 128, 90), (128, 14, 256, 179), (64, 28, 64, 45), (128, 14, 256, 205)),
     "cuda": (
-        (1024, 14, 256, 179), (512, 28, 128, 90), (2048, 7, 512, 359), (256, 14, 1024, 717), (256, 56, 64, 45), (512, 7, 2048, 1435),
-        (64, 56, 256, 154), (128, 28, 512, 308), (512, 28, 128, 77), (256, 56, 64, 36),
+        (256, 56, 64, 45), (512, 28, 128, 90), (1024, 14, 256, 179), (IMAGES, 112, 64, 45), (2048, 7, 512, 359), (64, 56, 256, 154),
+        (256, 14, 1024, 717), (512, 7, 2048, 1435), (128, 28, 512, 308), (64, 56, 64, 45), (128, 28, 128, 90),
     ),
 }  # fmt: skip
 BATCH = {"cpu": 1, "cuda": 32}  # of images
-REPEATED = {"cpu": 1, "cuda": 4}  # how often ONNX Runtime runs a pair in one call, so that the call itself is a small part
+REPEATED = {"cpu": 1, "cuda": 4}  # how often ONNX Runtime runs them in one call, so that the call itself is a small part
 
 Call = Callable[[], Any]
 Times = Callable[[Mapping[int, Call]], dict[int, float]]
@@ -73,57 +75,72 @@ Times = Callable[[Mapping[int, Call]], dict[int, float]]
 # ---- what is measured
 
 
-def torch_call(convolution: bool, outer: int, size: int, width: int, device: str, dtype: torch.dtype) -> Call:
-    """A pair of layers with a hidden layer of `width`, by torch; half precision on a GPU in the layout that convolutions run fastest in."""
+def layers(convolution: bool, outer: int, hidden: int, width: int) -> tuple[tuple[int, int, int], ...]:
+    """(outputs, inputs, side of the kernel, 0 if linear) of layers around a hidden one, once it is cut to `width`."""
+    if not convolution:
+        return (width, outer, 0), (outer, width, 0)
+    if outer == IMAGES:
+        return ((width, outer, 7),)
+    inner = ((width, width, 3),) if hidden <= outer else ()
+    return (width, outer, 1), *inner, (outer, width, 1)
+
+
+def torch_call(shapes: Sequence[tuple[int, int, int]], size: int, device: str, dtype: torch.dtype) -> Call:
+    """The layers by torch; half precision on a GPU in the layout that convolutions run fastest in."""
+    convolution = shapes[0][2] > 0
     last = convolution and device == "cuda" and dtype is not torch.float32
     layout = torch.channels_last if last else torch.contiguous_format
 
     def tensor(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device, dtype=dtype) / 16).contiguous(memory_format=layout)
 
-    if convolution:
-        kernel = _kernel(outer, width)
-        x, a, b = tensor(BATCH[device], outer, size, size), tensor(width, outer, 1, 1), tensor(outer, width, kernel, kernel)
-        return lambda: F.conv2d(F.relu(F.conv2d(x, a)), b, padding=kernel // 2)
-    x, a, b = tensor(size, outer), tensor(width, outer), tensor(outer, width)
-    return lambda: F.linear(F.relu(F.linear(x, a)), b)
+    def call() -> Tensor:
+        y = x
+        for i, (weight, (_, _, kernel)) in enumerate(zip(weights, shapes)):
+            y = F.relu(y) if i else y
+            y = F.conv2d(y, weight, padding=kernel // 2) if convolution else F.linear(y, weight)
+        return y
+
+    x = tensor(BATCH[device], shapes[0][1], size, size) if convolution else tensor(size, shapes[0][1])
+    weights = [tensor(out, given, kernel, kernel) if convolution else tensor(out, given) for out, given, kernel in shapes]
+    return call
 
 
-def _kernel(outer: int, width: int) -> int:
-    return 3 if width < outer else 1
+def onnx_call(shapes: Sequence[tuple[int, int, int]], size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
+    """The same as an ONNX file, by ONNX Runtime: on one thread of the CPU, or as a CUDA graph of several such networks in a row."""
+    half = dtype is torch.float16
+    convolution, kind = shapes[0][2] > 0, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
 
+    def array(*shape: int) -> np.ndarray:  # a few random numbers again and again, for millions take longer than the rest
+        return np.resize((np.random.default_rng(0).standard_normal(10007) / 16).astype(kind.numpy()), shape)
 
-def onnx_call(convolution: bool, outer: int, size: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
-    """The same as an ONNX file, by ONNX Runtime: on one thread of the CPU, or as a CUDA graph of several such pairs in a row."""
-    random, kind = np.random.default_rng(0), ir.DataType.FLOAT16 if dtype is torch.float16 else ir.DataType.FLOAT
+    def weight(name: str, out: int, given: int, kernel: int) -> ir.Value:
+        made = array(out, given, kernel, kernel) if convolution else array(given, out)
+        return ir.Value(name=name, const_value=ir.tensor(made, name=name))
 
-    def array(*shape: int) -> np.ndarray:
-        return (random.standard_normal(shape) / 16).astype(kind.numpy())
-
-    def weight(name: str, *shape: int) -> ir.Value:
-        return ir.Value(name=name, const_value=ir.tensor(array(*shape), name=name))
-
-    kernel = _kernel(outer, width) if convolution else 1
-    shape: tuple[int, ...] = (BATCH[device], outer, size, size) if convolution else (size, outer)
-    if convolution:
-        a, b = weight("a", width, outer, 1, 1), weight("b", outer, width, kernel, kernel)
-    else:
-        a, b = weight("a", outer, width), weight("b", width, outer)
-    op = "Conv" if convolution else "MatMul"
+    weights = [weight(f"w{i}", *shape) for i, shape in enumerate(shapes)]
+    shape: tuple[int, ...] = (BATCH[device], shapes[0][1], size, size) if convolution else (size, shapes[0][1])
     given = out = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(shape))
     nodes: list[ir.Node] = []
-    for _ in range(REPEATED[device]):
-        one = ir.node(op, [out, a])
-        two = ir.node("Relu", [one.outputs[0]])
-        three = ir.node(op, [two.outputs[0], b], attributes={"pads": [kernel // 2] * 4} if convolution else {})
-        nodes += [one, two, three]
-        out = three.outputs[0]
-    out.name, out.type, out.shape = "y", ir.TensorType(kind), given.shape
-    model = ir.Model(ir.Graph([given], [out], nodes=nodes, initializers=[a, b], opset_imports={"": 17}, name="widths"), ir_version=8)
+    for _ in range(REPEATED[device] if shapes[-1][0] == shapes[0][1] else 1):
+        for i, (value, (_, _, kernel)) in enumerate(zip(weights, shapes)):
+            if i:
+                nodes.append(ir.node("Relu", [out]))
+                out = nodes[-1].outputs[0]
+            nodes.append(ir.node("Conv" if convolution else "MatMul", [out, value], {"pads": [kernel // 2] * 4} if convolution else {}))
+            out = nodes[-1].outputs[0]
+    out.name, out.type, out.shape = "y", ir.TensorType(kind), ir.Shape((shape[0], shapes[-1][0], *shape[2:]))
+    model = ir.Model(ir.Graph([given], [out], nodes=nodes, initializers=weights, opset_imports={"": 17}, name="widths"), ir_version=8)
     if device == "cpu":
         session, x = open_session(model), array(*shape)
         return lambda: session.run(None, {"x": x})
-    runner = OnnxRuntimeModel(model, device=_current(), cuda_graph=True)
+    options: dict[str, Any] = {}
+    if convolution and half:  # as `OnnxRuntimeModel` runs them, without biases: cuDNN compiles their kernels, a third of a second each
+        from graphprune.backends.onnx_tuning import pad_channels
+
+        pad_channels(model)
+        options["provider_options"] = {"prefer_nhwc": "1"}
+    runner = OnnxRuntimeModel(model, device=_current(), cuda_graph=True, **options)
     captured = runner.capture(torch.from_numpy(array(*shape)))
     return lambda: runner.launch(captured)
 
@@ -150,24 +167,25 @@ def _graph_times(calls: Mapping[int, Call]) -> dict[int, float]:
 
 
 def probe(backend: str, dtype: torch.dtype, device: str, times: Times | None = None, seconds: float | None = None) -> Costs:
-    """Measure a device, "cpu" or "cuda": what each multiple costs."""
+    """Measure a device, "cpu" or "cuda": what each multiple costs, and which eighths of a size pay."""
     runtime = backend == "onnxruntime"
     clock = times or (_cpu_times if device == "cpu" else _graph_times if runtime else _cuda_times)
     make = partial(onnx_call if runtime else torch_call, device=device, dtype=dtype)
     with torch.no_grad():
         for convolution in (False, True):  # libraries load on their first call
-            make(convolution, 16, 16, 16)()
+            make(layers(convolution, 16, 16, 16), 16)()
     end = time.perf_counter() + (SECONDS[device] if seconds is None else seconds)
     samples: dict[bool, list[Sample]] = {False: [], True: []}
     for pair in zip_longest(LINEAR[device], CONVOLUTION[device]):
         for convolution, sample in zip((False, True), pair):
             if sample is not None:
                 outer, size, hidden, wanted = sample
-                calls = {width: make(convolution, outer, size, width) for width in widths_of_sample(hidden, wanted)}
+                calls = {width: make(layers(convolution, outer, hidden, width), size) for width in widths_of_sample(hidden, wanted)}
                 samples[convolution].append(Sample(hidden, wanted, clock(calls)))
         if time.perf_counter() > end:
             break
-    return Costs(relative_costs(samples[False]), relative_costs(samples[True]))
+    linear, convolutions = samples[False], samples[True]
+    return Costs(relative_costs(linear), relative_costs(convolutions), relative_eighths(linear), relative_eighths(convolutions))
 
 
 # ---- what is kept

@@ -18,7 +18,7 @@ from graphprune.errors import InvalidInput
 from graphprune.files import PathLike
 from graphprune.measure import interleaved, threads
 from graphprune.report import Latency, tables
-from graphprune.widths import MULTIPLES, smallest
+from graphprune.widths import MULTIPLES, poor, smallest, worth_it
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ class WidthTable:
         ]  # fmt: skip
         table = tables.grid(("by", "layers", *map(str, MULTIPLES), "auto"), cells)
         how = f"how much slower than the fastest are widths rounded up to multiples of 1 to 64, on {self.device}; auto: within 3 %"
+        slow = [
+            f"{it['backend']} {it['dtype']}, {it['layers']} {it['size']}: {', '.join(map(str, it['not']))}" for it in self.rows if it["not"]
+        ]  # fmt: skip
+        if slow:
+            how += "\nauto keeps none of these eighths of a size, which are hardly faster than wider ones, or slower:\n" + "\n".join(slow)
         return tables.stack([table, Text(how)])
 
 
@@ -127,9 +132,11 @@ def widths(device: str) -> WidthTable:
         if not available(backend, device):
             continue
         table = measured(backend, dtype, device, again=True)
-        for layers, found in (("linear", table.linear), ("conv", table.convolution)):
-            about = {"backend": backend, "dtype": NAMES[dtype], "layers": layers}
-            rows += [{**about, "size": size, "costs": [round(it, 4) for it in costs], "multiple": smallest(costs)} for size, costs in found]
+        by_layers = (("linear", table.linear, table.linear_eighths), ("conv", table.convolution, table.convolution_eighths))
+        for layers, size, costs, eighths in ((it, *row, times) for it, found, parts in by_layers for row, (_, times) in zip(found, parts)):
+            rounded = {"costs": [round(it, 4) for it in costs], "multiple": smallest(costs)}
+            paying = {"eighths": [round(it, 4) for it in eighths], "not": poor(size, worth_it(eighths))}
+            rows.append({"backend": backend, "dtype": NAMES[dtype], "layers": layers, "size": size, **rounded, **paying})
     return WidthTable(device_name(device), tuple(rows))
 
 

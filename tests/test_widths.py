@@ -14,10 +14,24 @@ from graphprune.allocation import choices, rounding
 from graphprune.backends import widths as backend
 from graphprune.backends.widths import CONVOLUTION, LINEAR, measured, probe, table, widths_of
 from graphprune.decisions import decide
-from graphprune.errors import InvalidInput
+from graphprune.errors import InvalidInput, NothingToPrune
 from graphprune.planning import make_plan
 from graphprune.report import Report, tables
-from graphprune.widths import MULTIPLES, RULE, Costs, Sample, Widths, fitted, kept, relative_costs, smallest, widths_of_sample
+from graphprune.widths import (
+    EIGHTHS,
+    MULTIPLES,
+    RULE,
+    Costs,
+    Sample,
+    Widths,
+    fitted,
+    kept,
+    relative_costs,
+    relative_eighths,
+    smallest,
+    widths_of_sample,
+    worth_it,
+)  # fmt: skip
 from tests.test_cli import call
 
 FLAT = (1.0,) * 7
@@ -74,7 +88,7 @@ def test_without_any_gain_single_units_are_kept_and_small_gains_are_not_worth_a_
 
 
 def test_costs_are_those_of_the_width_that_a_multiple_leads_to():
-    assert widths_of_sample(256, 179) == (179, 180, 184, 192) and kept(256, 179, 64) == 192 and kept(64, 45, 64) == 48
+    assert widths_of_sample(256, 179) == (179, 180, 184, 192, 128, 160, 224, 256) and kept(256, 179, 64) == 192 and kept(64, 45, 64) == 48
     assert [fitted(64, width) for width in (12, 64, 128, 256, 4096)] == [2, 16, 32, 64, 64] and fitted(8, 3) == fitted(1, 1) == 1
     times = {179: 4.0, 180: 2.0, 184: 2.0, 192: 1.0}
     ((size, costs),) = relative_costs([Sample(256, 179, times), Sample(256, 179, dict.fromkeys(times, 7.0))])
@@ -101,6 +115,115 @@ def test_a_layer_follows_the_size_next_to_its_own():
     assert [finer.multiple(False, width) for width in (512, 2048)] == [8, 32] and finer.finer().finer().coarsest == 8
     (narrow,), (wide,) = linear(512).groups, linear(2048).groups
     assert rounding(narrow, "auto", found) == 8 and rounding(wide, "auto", found) == 64
+
+
+# ---- which widths pay at all
+
+
+def measured_at(times: dict[int, float], size: int) -> Widths:
+    """A device that runs convolutions of `size` in these times, those of other widths in that of the whole, in multiples of 16."""
+    eighths = tuple(times.get(size * part // 8, times[size]) / times[size] for part in EIGHTHS)
+    linear = ((512, (0.5, 0.6, 0.7, 0.8)),)
+    return Widths.measured([Costs(((size, FLAT),), ((size, (9, 9, 9, 9, 1, 1, 1)),), linear, ((size, eighths),))], "x")
+
+
+def two_convolutions(width: int) -> gp.Program:
+    net = nn.Sequential(nn.Conv2d(8, width, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+    return gp.capture(net.eval(), torch.randn(2, 8, 4, 4))
+
+
+def left(program: gp.Program, widths: Widths, ratio: float) -> list[int]:
+    return [kept for kept in sizes(make_plan(program, pruning_ratio={"*": ratio}, units=["channel"], widths=widths)) if kept >= 16]
+
+
+@pytest.mark.parametrize(
+    "times, paying",
+    [
+        ((0.5, 0.6, 0.7, 0.8), (4, 5, 6, 7)),
+        ((0.5, 1.2, 1.3, 1.1), (4,)),  # only half of it is faster
+        ((0.9, 0.6, 0.7, 0.8), (5, 6, 7)),  # nothing narrower than 5 / 8 is
+        ((1.0, 1.0, 1.0, 1.0), ()),
+        ((0.99, 0.99, 0.99, 0.98), ()),  # not clearly
+        ((0.92, 0.94, 0.96, 0.98), (4, 6)),  # in steps that are clear
+        ((0.70, 0.71, 0.90, 0.69), (7,)),
+    ],
+)
+def test_only_the_lower_envelope_pays(times, paying):
+    assert worth_it(times) == paying
+
+
+def test_where_48_channels_are_slower_than_64_all_64_stay_until_32_are_asked_for():
+    found = measured_at({64: 1.0, 48: 2.0, 32: 0.6}, 64)
+    assert [found.pays(True, 64, width) for width in (48, 32, 16)] == [False, True, True]
+    program = two_convolutions(64)
+    (group,) = (group for group in program.groups if group.size == 64)
+    assert left(program, found, 0.5) == [32] and choices(group, "auto", found, 1, 0.3) == []
+    assert [64 - n for n in choices(group, "auto", found, 1, 0.9)] == [32, 16]
+    assert group.name not in make_plan(program, pruning_ratio=0.3, widths=found).entries
+    with pytest.raises(NothingToPrune):
+        make_plan(program, pruning_ratio={group.name: 0.3, "*": 0}, widths=found)
+    assert sizes(make_plan(program, pruning_ratio=0.3, round_to=16, widths=found))[0] == 48, "what was asked for is kept to"
+    assert str(found) == "multiples of 1 (linear) and 16 (convolutions), not 56, 48, 40 of 64 (convolutions), x"
+
+
+def test_where_96_channels_are_faster_than_128_they_are_cut():
+    found = measured_at({128: 1.0, 112: 1.2, 96: 0.8, 80: 1.1, 64: 0.5}, 128)
+    program = two_convolutions(128)
+    assert [left(program, found, ratio) for ratio in (0.3, 0.4, 0.5)] == [[96], [96], [64]], "and not to 80, which is slower"
+    assert left(program, measured_at({128: 1.0, 96: 1.2, 80: 1.1, 64: 0.5}, 128), 0.5) == [64]
+
+
+def test_other_layers_follow_the_share_of_the_size_next_to_their_own_and_linear_ones_their_own_table():
+    found = measured_at({64: 1.0, 48: 2.0, 32: 0.6}, 64)
+    assert found.pays(True, 64, 60), "less than an eighth off is not measured"
+    assert [found.pays(True, 96, width) for width in (72, 49, 48, 24)] == [False, False, True, True]
+    assert all(found.pays(False, 512, width) for width in (448, 360, 100)), "linear layers"
+    assert RULE.pays(True, 64, 48), "nothing was measured"
+    narrow = two_convolutions(48).groups[0]
+    assert choices(narrow, "auto", found, 1, 0.5), "layers narrower than 64 are not judged by it"
+
+
+def test_units_of_several_positions_are_judged_by_the_width_that_they_leave():
+    """Heads: what counts is what the projections keep."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(128, 128) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(-1, (8, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    (group,) = (g for g in gp.capture(Attention().eval(), torch.randn(1, 5, 128)).groups if g.kind == "head")
+    assert choices(group, "auto", Widths(8, 8, "x"), 1, 0.5) == [1, 2, 3, 4]
+    found = Widths(8, 8, "x", linear_paying=((128, (4, 6)),))
+    assert choices(group, "auto", found, 1, 0.5) == [2, 4], "6 and 4 of 8 heads"
+
+
+def test_what_pays_in_one_type_alone_does_not_and_samples_of_a_size_are_averaged():
+    half, full = (0.5, 0.6, 0.7, 0.8), (0.5, 1.1, 0.7, 0.8)
+    found = Widths.measured([Costs(ALL_FLAT, ALL_FLAT, ((512, half),), ()), Costs(ALL_FLAT, ALL_FLAT, ((512, full),), ())], "x")
+    assert found.linear_paying == ((512, (4, 6, 7)),) and found.convolution_paying == () and found.pays(True, 512, 320)
+    times = {16: 2.0, 14: 1.0, 12: 1.0, 10: 1.0, 8: 1.0}
+    samples = [Sample(16, 11, times), Sample(16, 11, {width: 2.0 for width in times}), Sample(32, 22, dict.fromkeys((32, 28, 24, 20, 16), 3.0))]
+    assert relative_eighths(samples) == ((16, pytest.approx((0.5**0.5,) * 4)), (32, (1.0,) * 4))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_device_with_a_slow_width_is_found_out_by_the_probe(device, monkeypatch):
+    """Everything else takes time in proportion to its width."""
+    monkeypatch.setattr(backend, "torch_call", lambda *_, **__: lambda: None)
+    found = probe("torch", torch.float32, device, lambda calls: {w: 400.0 if w == 48 else float(w) for w in calls}, seconds=100)
+    here = Widths.measured([found], "x")
+    assert {size for size, _ in here.convolution_paying} == {hidden for _, _, hidden, _ in CONVOLUTION[device]}
+    assert dict(here.convolution_paying)[64] == (4, 5, 7) and dict(here.convolution_paying)[128] == dict(here.linear_paying)[512] == EIGHTHS
+
+
+def test_the_table_keeps_what_pays(store):
+    kept_there = measured("torch", torch.float32, "cpu", times=lambda calls: {w: 999.0 if w in (384, 360, 359) else float(w) for w in calls})
+    assert widths_of(linear()).linear_paying == Widths.measured([kept_there], "").linear_paying
+    assert dict(widths_of(linear()).linear_paying)[512] == (4, 5, 7)
+    assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [400], "359 to 384 of 512 are slow: the next multiple beyond"
 
 
 # ---- what plans do with it
@@ -227,12 +350,13 @@ def test_a_plan_for_a_runtime_on_a_gpu_reads_the_table_of_that(store, monkeypatc
     assert widths_of(program, "onnxruntime", "cuda") == found and len(asked) == 2, "once"
 
 
-@pytest.mark.parametrize("damage", ["half", "short", "text", "negative"])
+@pytest.mark.parametrize("damage", ["half", "short", "text", "negative", "eighths"])
 def test_a_broken_table_is_ignored_with_a_message(store, caplog, damage):
     measured("torch", torch.float32, "cpu", times=where_only(64))
     (file,) = table("torch", "cpu").folder.glob("*.json")
     entry = json.loads(file.read_text())
-    entry["measurement"]["linear"] = {"short": [[512, [1.0]]], "text": "fast", "negative": [[512, [-1.0] * 7]]}.get(damage)
+    entry["measurement"]["linear"] = {"short": [[512, [1.0]]], "text": "fast", "negative": [[512, [-1.0] * 7]]}.get(damage, ALL_FLAT)
+    entry["measurement"]["linear_eighths"] = [[512, [1.0] * 7]] if damage == "eighths" else []
     file.write_text(file.read_text()[:30] if damage == "half" else json.dumps(entry))
     with caplog.at_level(logging.WARNING, "graphprune"):
         assert sizes(gp.plan(linear(), pruning_ratio=0.3)) == [360]
@@ -268,7 +392,8 @@ def test_the_command_prints_the_table_and_keeps_it(store, monkeypatch):
     assert [(row["backend"], row["layers"], row["size"]) for row in rows] == expected
     assert all(row["multiple"] == 16 for row in rows) and widths_of(linear()).multiple(False, 512) == 16
     lines = [line.split() for line in tables.plain(bench.widths("cpu")).splitlines() if "onnxruntime float32" in line]
-    assert [(line[2], line[3], line[-1]) for line in lines] == [(k, str(size), "16") for k in sizes for size in sizes[k]]
+    assert [(line[2], line[3], line[-1]) for line in lines[:6]] == [(k, str(size), "16") for k in sizes for size in sizes[k]]
+    assert lines[6:] == [["onnxruntime", "float32,", "conv", "64:", "56,", "40"]], "no multiples of 16"
     for arguments, word in ((("--device", "tpu"), "cpu or cuda"), (("a.onnx",), "takes no models")):
         refused = call("bench", "--widths", *arguments)
         assert refused.exit_code == 2 and word in refused.output

@@ -49,7 +49,7 @@ def rounding(group: Group, round_to: int | str, widths: Widths = RULE) -> int:
 
 
 def _multiple(member: Member, width: int, widths: Widths) -> int:
-    convolution = any("onv" in node.op_type for node in member.value.uses)
+    convolution = _convolves(member)
     if width < WIDE:
         return fitted(min(widths.multiple(True, width), widths.narrow), width) if convolution else 1
     if member.role is Role.CARRIER:  # norms and tables take any width; what they stand beside decides
@@ -58,12 +58,28 @@ def _multiple(member: Member, width: int, widths: Widths) -> int:
 
 
 def choices(group: Group, round_to: int | str, widths: Widths, min_keep: int, most: float | None) -> list[int]:
-    """`removals` in steps of `rounding`; where "auto" was measured so coarse that nothing could go, finer ones down to the rule's."""
-    found = removals(group, rounding(group, round_to, widths), min_keep, most)
-    while not found and round_to == "auto" and widths.coarsest > ALIGNED:
-        widths = widths.finer()
+    """`removals` in steps of `rounding`; by "auto" only what pays, and where coarse steps leave nothing, finer ones down to the rule's."""
+    while True:
         found = removals(group, rounding(group, round_to, widths), min_keep, most)
-    return found
+        if round_to != "auto":
+            return found
+        found = _paying(group, widths, found)
+        if found or widths.coarsest <= ALIGNED:
+            return found
+        widths = widths.finer()
+
+
+def _paying(group: Group, widths: Widths, found: list[int]) -> list[int]:
+    """Those that leave a width at which every layer of the group was measured to be faster; narrow layers have no say."""
+    if group.kind in APART or any(in_grouped_convolution(it.value) for it in group.members):
+        return found
+    layers = {(_convolves(it), it.index.shape[1]) for it in group.members if it.role is not Role.CARRIER}
+    layers = {(convolution, unit) for convolution, unit in layers if group.size * unit >= WIDE}
+    return [n for n in found if all(widths.pays(kind, group.size * unit, (group.size - n) * unit) for kind, unit in layers)]
+
+
+def _convolves(member: Member) -> bool:
+    return any("onv" in node.op_type for node in member.value.uses)
 
 
 def in_grouped_convolution(weight: Value) -> bool:
