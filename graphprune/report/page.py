@@ -64,7 +64,7 @@ _STATUS: Mapping[str, tuple[str, str, str]] = {  # class, word, sentence
     "passed": ("good", "verified", "The result was shown to compute what the original computes with the removed units masked."),
     "failed": ("bad", "failed", "The result does not compute what the original computes with the removed units masked: do not use it."),
     "ill-conditioned": ("open", "inconclusive", "This network magnifies rounding so much that the comparison proves little."),
-    "not tested": ("open", "not tested", "Masking the removed units changed the output too little for the comparison to prove anything."),
+    "not tested": ("open", "not tested", "Masking the removed units changed too little for the comparison to prove anything."),
     "": ("open", "not verified", "Nobody checked that the result computes what the original computes with the removed units masked."),
 }
 
