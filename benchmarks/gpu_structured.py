@@ -1,14 +1,16 @@
 """Structured pruning on a GPU: is what was cut really faster, how much of the roofline's speed-up arrives, and what takes the rest?
 
     python -m benchmarks.gpu_structured [--backends ort,ort_nhwc,compile,eager] [--networks resnet50,bert_base] [--seconds 500] [--json FILE]
-    python -m benchmarks.gpu_structured --cases resnet50@64,llama_8x2048@1 --rounding auto,8    # in this order
+    python -m benchmarks.gpu_structured --cases resnet50@64,llama_8x2048@1 --rounding auto,64   # in this order
     python -m benchmarks.gpu_structured --smoke     # tiny networks on the CPU: does all of it run?
 
 For each network (random weights, fp16) dense and at ratio 0.3 and 0.5: the certificate of the cut in float64, the module and the ONNX file
 that `result.save` writes (dense by the same path); then, backend by backend, the error against the float64 module, and only then the time:
 dense and pruned in turns, median, launched by a CUDA graph. ONNX Runtime: fused, sizes fixed, I/O binding. It waits for each replay, so
 its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms,
-`+bias` lets ONNX Runtime add biases in the convolution's kernel.
+`+bias` lets ONNX Runtime add biases in the convolution's kernel, `+pad4` and `+pad8` give images so many channels. `ort_auto` is what
+`OnnxRuntimeModel` does by itself. Networks are cut and exported, and what is for torch.compile is compiled once, by processes beside each
+other before anything is timed: what is timed finds it in Inductor's cache.
 Rounding "auto" keeps multiples of what this GPU was measured to run well in fp16 by the library at hand, before anything is cut.
 Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted. With the
 floor, no node takes less than a kernel in a CUDA graph does, nor do the kernels that a profile finds besides those of the nodes.
@@ -25,8 +27,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,11 @@ with contextlib.suppress(ImportError):  # the CPU build of torchvision needs two
 RATIOS = (0.0, 0.3, 0.5)
 PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense fp16 FLOP/s
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
-BACKENDS = ("compile", "compile+search", "ort", "ort_nhwc", "ort_nhwc+bias", "ort_nhwc+search+bias", "eager")  # by default without extras
+BACKENDS = (  # by default without extras
+    "compile", "compile+search", "ort", "ort_auto", "ort_nhwc", "ort_nhwc+bias", "ort_nhwc+bias+pad4", "ort_nhwc+bias+pad8",
+    "ort_nhwc+search+bias", "eager",
+)  # fmt: skip
+PRELOAD = ("torch", "graphprune", "graphprune.planning", "benchmarks.gpu_structured", "torch.onnx", "onnxscript", "transformers", "torch._dynamo")
 CONVOLUTIONAL = ("resnet50", "convnext_tiny", "resnet18")
 
 
@@ -147,6 +154,7 @@ class Variant:
     macs: float  # left
     work: tuple[Work, ...]  # of the nodes that multiply; elementwise nodes are fused into their neighbours
     kept: str  # widths before and after
+    spent: str  # seconds that preparing it took, step by step
 
     def module(self) -> nn.Module:
         return torch.load(self.folder / "module.pt", weights_only=False)  # written by `prepare` just now
@@ -157,8 +165,13 @@ class Variant:
         return sum(max(floor, work.seconds(batch, *peaks)) for work in self.work) + floor * others
 
 
-def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads: int) -> Variant:
-    """Cut, certify, save and export; runs in a process of its own, on the CPU."""
+def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads: int, export: bool) -> Variant:
+    """Cut, certify, save and, for ONNX Runtime, export; runs in a process of its own, on the CPU."""
+    clock = [("import", time.monotonic())]
+
+    def step(what: str) -> None:
+        clock.append((what, time.monotonic()))
+
     import graphprune as gp
     from graphprune.costs import macs
     from graphprune.planning import make_plan
@@ -171,17 +184,22 @@ def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads
         for parameter in module.parameters():
             if parameter.abs().max() < 1e-3:  # zero-initialised heads and layer scales hide every cut from its certificate
                 nn.init.normal_(parameter, std=0.02 if parameter.dim() == 1 else 0.2)
+    step("make")
     few = network.inputs(2, 16 if network.ids else None)
     program = gp.capture(module, few)
     if isinstance(widths, int):
         plan = make_plan(program, pruning_ratio=ratio, round_to=widths)
     else:
         plan = make_plan(program, pruning_ratio=ratio, widths=widths)
+    step("capture and plan")
     result = gp.apply(program, plan)
+    step("cut and certify")
     if ratio:
         assert result.certificate is not None and result.certificate.passed, f"{name} at {ratio}: {result.certificate}"
     folder = Path(tempfile.mkdtemp(prefix=f"{name}_{ratio}_", dir=folder))
-    result.save(folder / "model.onnx")
+    if export:
+        result.save(folder / "model.onnx")
+        step("export")
     torch.save(result.module, folder / "module.pt")
     program = gp.capture(result.module, network.inputs(2))
     work = []
@@ -193,11 +211,13 @@ def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads
     left = (result.report.after.macs or 0) / (result.report.before.macs or 1)
     widths_kept = Counter((entry.size, entry.size - len(entry.removed)) for entry in plan.entries.values())
     kept = ", ".join(f"{before}->{after}" + (f" (x{n})" if n > 1 else "") for (before, after), n in sorted(widths_kept.items()))
-    return Variant(folder, f"{result.certificate.error:.0e}" if ratio else "-", left, tuple(work), kept)
+    step("count")
+    spent = ", ".join(f"{what} {after - before:.0f} s" for (_, before), (what, after) in pairwise(clock))
+    return Variant(folder, f"{result.certificate.error:.0e}" if ratio else "-", left, tuple(work), kept, spent)
 
 
-def narrowed(source: Path, shape: Sequence[int]) -> tuple[Path, dict[str, int]]:
-    """The ONNX file ready for ONNX Runtime in fp16 at these sizes, as `OnnxRuntimeModel` makes it; in a process of its own."""
+def narrowed(source: Path, shape: Sequence[int], channels: int = 0) -> tuple[Path, dict[str, int]]:
+    """The ONNX file ready for ONNX Runtime in fp16 at these sizes, images with so many channels; in a process of its own."""
     import onnx_ir as ir
 
     from graphprune.backends import onnx_tuning
@@ -207,7 +227,9 @@ def narrowed(source: Path, shape: Sequence[int]) -> tuple[Path, dict[str, int]]:
     onnx_tuning.fix_sizes(model, sizes(model, shape))
     fused = onnx_tuning.fuse(model)
     onnx_tuning.narrow(model, "float16", keep_io=False)
-    file = source.with_name(f"narrowed_{'x'.join(map(str, shape))}.onnx")
+    if channels:
+        onnx_tuning.pad_channels(model, channels)
+    file = source.with_name(f"narrowed_{'x'.join(map(str, shape))}_{channels}.onnx")
     ir.save(model, file, external_data=f"{file.name}.data")
     return file, fused
 
@@ -215,6 +237,11 @@ def narrowed(source: Path, shape: Sequence[int]) -> tuple[Path, dict[str, int]]:
 def sizes(model: Any, shape: Sequence[int]) -> dict[str, int]:
     """What the open axes of the first input get."""
     return {str(axis.value): size for axis, size in zip(model.graph.inputs[0].shape, shape) if not isinstance(axis, int)}
+
+
+def padded(backend: str) -> int:
+    """The channels that a backend's name asks for."""
+    return next((int(it.removeprefix("pad")) for it in backend.split("+") if it.startswith("pad")), 0)
 
 
 class Runner:
@@ -225,6 +252,8 @@ class Runner:
         self.search, self.bias, self.device = "search" in extras, "bias" in extras, device
 
     def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> Opened:
+        if self.backend == "ort_auto":
+            return self._by_default(variant, data)
         if self.backend.startswith("ort"):
             assert file is not None
             return self._onnxruntime(variant, data, *file)
@@ -246,7 +275,6 @@ class Runner:
 
     def _onnxruntime(self, variant: Variant, data: torch.Tensor, file: Path, fused: Mapping[str, int]) -> Opened:
         import onnx_ir as ir
-        import onnxruntime
 
         from graphprune.backends.onnxruntime import NO_KERNEL, OnnxRuntimeModel
         from graphprune.errors import InvalidInput
@@ -265,8 +293,28 @@ class Runner:
             given = sizes(ir.load(wide), data.shape)
             model = OnnxRuntimeModel(wide, sizes=given, precision="float16", fuse=True, keep_io_types=False, check=False, **options)
         print(f"    {self.backend} fused: {', '.join(f'{n} {op}' for op, n in fused.items()) or 'nothing'}", flush=True)
+        return self._opened(model, data)
+
+    def _by_default(self, variant: Variant, data: torch.Tensor) -> Opened:
+        """By what the class chooses; the caller compares with float64."""
+        import onnx_ir as ir
+
+        from graphprune.backends.onnxruntime import OnnxRuntimeModel
+
+        wide, options = variant.folder / "model.onnx", {"cuda_graph": True} if self.device == "cuda" else {}
+        model = OnnxRuntimeModel(
+            wide, device=self.device, sizes=sizes(ir.load(wide), data.shape), precision="float16", fuse=True, keep_io_types=False, check=False, **options
+        )
+        chosen = next(iter(model.session.get_provider_options().values()))
+        told = ", ".join(f"{key}={chosen[key]}" for key in ("prefer_nhwc", "fuse_conv_bias") if key in chosen)
+        print(f"    {self.backend}: {told or 'no options'}; fused: {', '.join(f'{n} {op}' for op, n in model.fused.items()) or 'nothing'}", flush=True)
+        return self._opened(model, data)
+
+    def _opened(self, model: Any, data: torch.Tensor) -> Opened:
         if self.device == "cpu":
             return first(model(data)), lambda: model(data), lambda: model(data)
+        import onnxruntime
+
         captured = model.capture(data)
         model.launch(captured)
         plain = onnxruntime.RunOptions()
@@ -464,10 +512,30 @@ def widths_here(library: str, device: str) -> Widths:
 
 def apart(call: Callable[..., Any], *args: Any) -> Any:
     """In a process of its own, so that a fault on the GPU ends one case alone; the libraries are imported once for all."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch"])
-    with ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
         return pool.submit(call, *args).result()
+
+
+def warm(variant: Variant, name: str, batch: int, backend: str) -> None:
+    """Compile a variant, so that what measures it finds that in Inductor's cache."""
+    from torch._inductor import config
+
+    torch.set_num_threads(1)
+    config.compile_threads = 3  # of each of several processes
+    Runner(backend, "cuda").open(variant, (NETWORKS | SMOKE)[name].inputs(batch).to("cuda"), None)
+    torch.cuda.synchronize()
+
+
+def parsed(case: str, backends: Sequence[str]) -> tuple[str, int, list[str]]:
+    """NETWORK@BATCH or NETWORK@BATCH=BACKEND/BACKEND."""
+    what, _, chosen = case.partition("=")
+    name, _, batch = what.partition("@")
+    return name, int(batch), chosen.split("/") if chosen else list(backends)
+
+
+def wanted(name: str, backend: str) -> bool:
+    """Layouts and algorithms are of convolutions."""
+    return not ("nhwc" in backend or "+" in backend) or name in CONVOLUTIONAL
 
 
 def _on_cpu() -> None:
@@ -478,9 +546,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default="")
     parser.add_argument("--batches", default="")
-    parser.add_argument("--cases", default="", help="NETWORK@BATCH,... in this order, in place of networks and batches")
+    parser.add_argument("--cases", default="", help="NETWORK@BATCH,... in this order, in place of networks and batches; resnet50@64=compile/ort: by these backends")
     parser.add_argument("--backends", default="", help=f"of {', '.join(BACKENDS)}")
-    parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,8, are tried on convolutional networks at ratio 0.3")
+    parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,64, are tried on convolutional networks")
+    parser.add_argument("--brief", default="", help="of the backends, those that take the dense network alone")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--json", default="", help="append a line per row")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
@@ -488,62 +557,80 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}  # a profiler that comes and goes breaks CUDA graphs
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
     device = "cpu" if options.smoke else "cuda"
     names = options.networks.split(",") if options.networks else list(SMOKE if options.smoke else NETWORKS)
     batches = [int(it) for it in (options.batches or ("1,3" if options.smoke else "64,1")).split(",")]
-    cases = [(name, batch) for name in names for batch in batches]
-    if options.cases:
-        cases = [(name, int(batch)) for name, _, batch in (case.partition("@") for case in options.cases.split(","))]
-    backends = options.backends.split(",") if options.backends else [b for b in BACKENDS if "+" not in b]
+    cases = options.cases.split(",") if options.cases else [f"{name}@{batch}" for name in names for batch in batches]
+    backends = options.backends.split(",") if options.backends else [b for b in BACKENDS if "+" not in b and not (options.smoke and "nhwc" in b)]
+    chosen = [parsed(case, backends) for case in cases]
+    work = [(name, batch, backend) for name, batch, mine in chosen for backend in mine if wanted(name, backend)]
     title = "CPU" if options.smoke else torch.cuda.get_device_name()
     bench = Bench(device, next((v for k, v in PEAKS.items() if k in title), (2e12, 300e12)), 0.0 if options.smoke else floor_of_a_kernel(), start)
     print(f"{title}, fp16, torch {torch.__version__}; a kernel of a CUDA graph takes at least {1e3 * bench.floor:.2f} us", flush=True)
-    libraries = {"onnxruntime" if b.startswith("ort") else "torch" for b in backends}
+    libraries = {"onnxruntime" if backend.startswith("ort") else "torch" for _, _, backend in work}
+    exported = {name for name, _, backend in work if backend.startswith("ort")}
     if "onnxruntime" in libraries:
         import onnxruntime
 
         print(f"onnxruntime {onnxruntime.__version__}; an empty graph takes {1e3 * empty_graph(device):.1f} us", flush=True)
-    roundings = options.rounding.split(",")
-    here = {library: widths_here(library, device) for library in sorted(libraries)} if "auto" in roundings else {}
-    for found in here.values():
-        print(f"[{time.monotonic() - start:4.0f} s] {found}", flush=True)
+    roundings, brief = options.rounding.split(","), options.brief.split(",")
+    here: dict[str, Widths] = {}
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(64) as waits,
-        ProcessPoolExecutor(options.workers, get_context("spawn"), _on_cpu) as pool,
+        ProcessPoolExecutor(options.workers, context, _on_cpu) as pool, ProcessPoolExecutor(5, context) as compilers,
     ):  # fmt: skip
         cutting: dict[Any, Future[Variant]] = {}
         narrowing: dict[Any, Future[tuple[Path, dict[str, int]]]] = {}
+        warming: dict[Any, Future[None]] = {}
 
         def variant(name: str, cut: Cut) -> Future[Variant]:
             widths = int(cut.rounding or 1) if cut.rounding != "auto" else here[cut.library]
-            key = (name, cut.ratio, widths if isinstance(widths, int) else (widths.linear, widths.convolution, widths.narrow))
+            key = (name, cut.ratio, widths if isinstance(widths, int) else replace(widths, source=""))
             if key not in cutting:
-                cutting[key] = pool.submit(prepare, name, cut.ratio, widths, Path(folder), 1 if options.smoke else 2)
+                cutting[key] = pool.submit(prepare, name, cut.ratio, widths, Path(folder), 1 if options.smoke else 2, name in exported)
             return cutting[key]
 
-        def file(name: str, cut: Cut, batch: int) -> Future[tuple[Path, dict[str, int]]]:
-            before = variant(name, cut)
-            if (before, batch) not in narrowing:
+        def file(name: str, cut: Cut, batch: int, channels: int) -> Future[tuple[Path, dict[str, int]]]:
+            before, key = variant(name, cut), (name, cut, batch, channels)
+            if key not in narrowing:
                 shape = tuple((NETWORKS | SMOKE)[name].inputs(batch).shape)
-                narrowing[before, batch] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape).result())
-            return narrowing[before, batch]
+                narrowing[key] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape, channels).result())
+            return narrowing[key]
+
+        def compiled(name: str, cut: Cut, batch: int, backend: str) -> None:
+            before, key = variant(name, cut), (name, variant(name, cut), batch, backend)
+            if key not in warming:
+                warming[key] = waits.submit(lambda: compilers.submit(warm, before.result(), name, batch, backend).result())
 
         def cuts(name: str, backend: str) -> list[Cut]:
             library = "onnxruntime" if backend.startswith("ort") else "torch"
-            first, *others = roundings if name in CONVOLUTIONAL else roundings[:1]
-            return [Cut(0.0), *(Cut(ratio, first, library) for ratio in RATIOS if ratio), *(Cut(RATIOS[1], it, library) for it in others)]
+            all_cuts = [Cut(ratio, it, library) for it in (roundings if name in CONVOLUTIONAL else roundings[:1]) for ratio in RATIOS if ratio]
+            return [Cut(0.0), *(() if backend in brief else all_cuts)]
 
-        def wanted(name: str, backend: str) -> bool:
-            """Layouts and algorithms are of convolutions; the CPU has neither."""
-            return not ("nhwc" in backend or "+" in backend) or (name in CONVOLUTIONAL and not options.smoke)
+        def ready(backend: str) -> bool:
+            return backend.startswith("ort") and backend != "ort_auto"  # which makes its own file
 
-        work = [(name, batch, backend) for name, batch in cases for backend in backends if wanted(name, backend)]
+        for name in dict.fromkeys(name for name, _, _ in work):  # cut while widths are measured
+            for cut in (Cut(0.0), *(Cut(ratio, it) for it in roundings[1:] for ratio in RATIOS if ratio and name in CONVOLUTIONAL)):
+                variant(name, cut)
+        for library in sorted(libraries) if "auto" in roundings else ():
+            here[library] = widths_here(library, device)
+            print(f"[{time.monotonic() - start:4.0f} s] {here[library]}", flush=True)
         for name, batch, backend in work:
             for cut in cuts(name, backend):
                 variant(name, cut)
-                if backend.startswith("ort"):
-                    file(name, cut, batch)
+                if ready(backend):
+                    file(name, cut, batch, padded(backend))
+                if backend.startswith("compile") and device == "cuda":
+                    compiled(name, cut, batch, backend)
+        pending = wait((*cutting.values(), *narrowing.values(), *warming.values()), timeout=start + options.seconds / 2 - time.monotonic())
+        print(f"[{time.monotonic() - start:4.0f} s] prepared and compiled: {len(pending.done)}, not yet: {len(pending.not_done)}", flush=True)
+        for key, future in warming.items():
+            if future.done() and (problem := future.exception()):  # what measures it compiles it once more
+                print(f"compiling {key[0]} beforehand: {type(problem).__name__}: {str(problem).strip()[:300]}", flush=True)
         told: set[Path] = set()
         for name, batch, backend in work:
             if time.monotonic() - start > options.seconds:
@@ -551,10 +638,10 @@ def main() -> None:
                 continue
             try:
                 variants = {cut: variant(name, cut).result() for cut in cuts(name, backend)}
-                files = {cut: file(name, cut, batch).result() for cut in cuts(name, backend)} if backend.startswith("ort") else {}
+                files = {cut: file(name, cut, batch, padded(backend)).result() for cut in variants} if ready(backend) else {}
                 for cut, made in variants.items():
-                    if cut.ratio and made.folder not in told:
-                        print(f"    {name} {cut} ({cut.library}): {made.kept}", flush=True)
+                    if made.folder not in told:
+                        print(f"    {name} {cut} ({cut.library}): {made.kept or 'whole'}; {made.spent}", flush=True)
                         told.add(made.folder)
                 found_rows = apart(bench.measure, name, variants, files, backend, batch)
                 rows += found_rows
@@ -567,9 +654,10 @@ def main() -> None:
         show(rows)
         if bench.floor:
             print(f"a kernel of a CUDA graph takes {1e3 * floor_of_a_kernel():.2f} us after the profiles, {1e3 * bench.floor:.2f} us before them", flush=True)
-        for future in (*cutting.values(), *narrowing.values()):
+        for future in (*cutting.values(), *narrowing.values(), *warming.values()):
             future.cancel()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for processes in (pool, compilers):
+            processes.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_profile import Profile, kind_of, summary
-from benchmarks.gpu_structured import Row, Variant, Work, show, sizes
+from benchmarks.gpu_structured import Row, Variant, Work, padded, parsed, show, sizes, wanted
 from graphprune.backends import widths as backend
 
 PEAKS = (1e12, 1e14)
@@ -12,7 +12,7 @@ PEAKS = (1e12, 1e14)
 
 def test_no_node_and_no_kernel_beside_them_takes_less_than_the_floor(tmp_path):
     work = (Work(weights=10**6, activations=0, flops=0), Work(weights=10**3, activations=0, flops=10**6))  # 2 us; 2 ns
-    variant = Variant(tmp_path, "-", 1.0, work, "")
+    variant = Variant(tmp_path, "-", 1.0, work, "", "")
     assert variant.seconds(1, PEAKS) == pytest.approx(2e-6 + 1e-8), "by bandwidth, and by arithmetic"
     assert variant.seconds(1000, PEAKS) == pytest.approx(2e-6 + 1e-5), "weights are read once"
     assert variant.seconds(1, PEAKS, 1e-6) == pytest.approx(2e-6 + 1e-6)
@@ -73,3 +73,10 @@ def test_pairs_in_a_row_are_the_function_of_one_applied_again(convolution, monke
     thrice, half = (backend.onnx_call(shapes, 8, dtype=dtype)()[0] for dtype in (torch.float32, torch.float16))
     assert once.shape == thrice.shape == half.shape and half.dtype == "float16"
     assert abs(thrice).max() < abs(once).max() and abs(half - thrice).max() < 1e-2 * abs(thrice).max()
+
+
+def test_a_case_may_name_its_backends():
+    assert parsed("resnet50@64", ["ort", "compile"]) == ("resnet50", 64, ["ort", "compile"])
+    assert parsed("bert_base@1=compile/ort_nhwc+bias+pad4", ["ort"]) == ("bert_base", 1, ["compile", "ort_nhwc+bias+pad4"])
+    assert wanted("resnet50", "ort_nhwc+bias") and not wanted("bert_base", "ort_nhwc+bias") and wanted("bert_base", "ort_auto")
+    assert [padded(backend) for backend in ("ort_nhwc+bias+pad4", "ort_nhwc+bias+pad8", "ort_nhwc+bias")] == [4, 8, 0]

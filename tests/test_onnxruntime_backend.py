@@ -564,3 +564,22 @@ def test_on_a_gpu_convolutions_in_half_precision_run_channels_last_with_padded_i
     monkeypatch.setattr(ort_backend.torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
     OnnxRuntimeModel(exported[1], device="cuda", precision=precision, check=False, **options)
     assert asked[-1:] == [expected]
+
+
+@needs_cuda
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_cuda_the_default_for_convolutions_in_half_precision_is_that_and_agrees(graph):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.ReLU(), nn.Conv2d(64, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 16, 1)).eval()
+    x = torch.randn(4, 3, 64, 64)
+    program = gp.capture(net, x)
+    result = gp.apply(program, gp.plan(program, pruning_ratio=0.5, round_to=8))
+    with torch.no_grad():
+        expected = result.module.double()(x.double())
+    result.module.float()
+    for options in ({}, {"provider_options": {"prefer_nhwc": "0"}}):
+        run = OnnxRuntimeModel(result, device="cuda", precision="float16", cuda_graph=graph, **options)
+        chosen = run.session.get_provider_options()["CUDAExecutionProvider"]
+        assert (chosen["prefer_nhwc"], chosen["fuse_conv_bias"]) == (("0", "1") if options else ("1", "1"))
+        found = run(x.cuda()).double().cpu()
+        assert found.shape == expected.shape and (found - expected).abs().max() < 5e-3 * expected.abs().max() and run.error < 5e-3
