@@ -34,23 +34,27 @@ log = logging.getLogger("graphprune")
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device can do at best: bytes per second, 16-bit matrix operations per second, seconds to start a kernel inside a graph."""
+    """What a device can do at best: bytes per second, 16-bit matrix operations per second, seconds to start a kernel inside a graph.
+
+    Activations of so many bytes as the `cache` holds may be there from the layer before, and need not cross memory.
+    """
 
     bandwidth: float
     operations: float
     start: float = 2e-6
+    cache: float = 0.0
 
     def seconds(self, bytes_moved: float, operations: float) -> float:
         return max(bytes_moved / self.bandwidth, operations / self.operations) + self.start
 
 
 ROOFS: Mapping[str, Roof] = {  # by a part of the device's name; vendors' numbers, reached to about nine tenths
-    "B200": Roof(8.0e12, 2.25e15),
-    "H200": Roof(4.8e12, 9.9e14),
-    "H100": Roof(3.35e12, 9.9e14),
-    "A100": Roof(2.0e12, 3.1e14),
-    "L40": Roof(0.86e12, 1.8e14),
-    "4090": Roof(1.0e12, 1.65e14),
+    "B200": Roof(8.0e12, 2.25e15, cache=126e6),
+    "H200": Roof(4.8e12, 9.9e14, cache=50e6),
+    "H100": Roof(3.35e12, 9.9e14, cache=50e6),
+    "A100": Roof(2.0e12, 3.1e14, cache=40e6),
+    "L40": Roof(0.86e12, 1.8e14, cache=96e6),
+    "4090": Roof(1.0e12, 1.65e14, cache=72e6),
 }
 ANY_ROOF = Roof(1.0e12, 2.0e14)  # an unknown device: its ratio decides nothing near the margin, so the measurement does
 
@@ -130,7 +134,8 @@ class Gate:
         if len(decisions) == 1:
             return decisions[0]
         measured = [d.dense_us for d in decisions if d.dense_us is not None]
-        return Decision("dense", tokens, "; ".join(d.reason for d in decisions) or "no kernel is given", dense_us=min(measured, default=None))
+        why = "; ".join(d.reason for d in decisions) or "no kernel is given"
+        return Decision("dense", tokens, why, dense_us=min(measured, default=None))
 
     def decide_both(
         self, kernels: Iterable[Choice], weight: Tensor, decode: int = DECODE_TOKENS, prefill: int = PREFILL_TOKENS, **options: Any
@@ -176,7 +181,7 @@ class Gate:
     def model(self, packed: Packed, tokens: int, element_size: int) -> float:
         """How many times faster than dense the roofline lets a packed weight be."""
         rows, columns = packed.shape
-        moved = tokens * packed.width * element_size  # x and y cross memory either way
+        moved = max(0.0, tokens * packed.width * element_size - self.roof.cache)  # of x and y, either way
         operations = 2.0 * rows * columns * tokens
         dense = self.roof.seconds(rows * columns * element_size + moved, operations)
         return dense / self.roof.seconds(packed.bytes + moved, operations * packed.work)

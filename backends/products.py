@@ -52,7 +52,7 @@ class Site:
     attribute: str
     transposed: bool
     place: Callable[[Product, int], None]
-    steps: Mapping[str, tuple[int, int]] | None = None
+    steps: Mapping[str, Any] | None = None
 
     @property
     def held(self) -> Tensor:

@@ -259,8 +259,8 @@ def _graph_sites(module: fx.GraphModule) -> Iterator[Site]:
         for node in module.graph.find_nodes(op="call_function", target=target):
             held, steps = node.args[1], None
             if target is torch.ops.aten.conv2d.default:
-                stride, padding, dilation, groups = (*node.args[3:], *([1], [0], [1], 1)[len(node.args[3:]) :])
-                if (steps := _steps(stride, padding, dilation, groups)) is None:
+                given: tuple[Any, ...] = node.args[3:]
+                if (steps := _steps(*given, *([1], [0], [1], 1)[len(given) :])) is None:  # type: ignore[arg-type]
                     continue
             if isinstance(held, fx.Node) and held.op == "get_attr" and not node.kwargs:
                 path, _, attribute = str(held.target).rpartition(".")

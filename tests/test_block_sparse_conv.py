@@ -81,6 +81,13 @@ def images(row: Row, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(count, row.weight[1], high, wide, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(autouse=True)
+def exact():  # type: ignore[no-untyped-def]
+    """Convolutions to compare with do not round to tf32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
@@ -131,6 +138,7 @@ def test_every_tile_gives_the_same_function(block: int, stride: int) -> None:
 def test_bias_and_activation_are_fused(activation, function, window: int) -> None:  # type: ignore[no-untyped-def]
     row = Row("", (24, 32, window, window), (1, 4, 5))
     weight, x, bias = make(row), images(row), torch.randn(24, device=DEVICE)
+    assert conv._descriptor(x[0][None].permute(0, 2, 3, 1), 1, 1, 1, 16).strides == [640, 160, 32, 1]  # type: ignore[attr-defined]
     y = conv.linear(x[0], conv.pack(weight, 16), bias, activation)  # a single image has no axis for images
     assert relative(y, function(conv2d(x.double(), weight.double(), bias.double()))[0]) < TOLERANCE[torch.float32]
 
@@ -417,6 +425,17 @@ def test_the_gate_decides_by_images_of_the_example(tmp_path: Path) -> None:
     asked.clear()
     sparse_module(result, gate=gate, images=(4, 1))
     assert not asked, "measurements are kept"
+
+
+def test_activations_that_the_cache_holds_cost_nothing() -> None:
+    """A product over many pixels with few channels moves activations only: sparse gains nothing, unless they are in the cache."""
+    row = Row("", (64, 64, 1, 1), (1, 14, 14))
+    packed = conv.pack(make(row, torch.float16, 0.1), 16, **row.steps, size=(14, 14))
+    tokens = 64 * 14 * 14
+    allowed = [Gate("cpu", roof=Roof(1e12, 1e15, 0.0, cache)).model(packed, tokens, 2) for cache in (0.0, 1e6, 1e9)]
+    assert allowed[0] == pytest.approx(1.0, abs=0.01) and allowed[0] < allowed[1] < 1.01 and allowed[2] > 3
+    steps = conv.pack(make(row, torch.float16), 16, (2, 2), size=(14, 14))
+    assert steps.width == 64 + 4 * 64, "an output pixel stands for four of the input"
 
 
 def test_measuring_a_convolution_checks_it_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,11 @@ class BlockSparseConv(Packed):
         return x.contiguous(memory_format=torch.channels_last)
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # the library's best
+        try:
             return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+        finally:
+            torch.backends.cudnn.benchmark = before
 
 
 def matrix(weight: Tensor, block: int) -> Tensor:
@@ -273,7 +276,10 @@ def _pointwise(full: Sequence[int], stride: Sequence[int], padding: Sequence[int
 def _descriptor(tensor: Tensor, *box: int) -> object:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
+    strides = [1]  # not those of the tensor, which may be anything along an axis of one
+    for length in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(box))
 
 
 def patch(pixels: int, lengths: Sequence[int]) -> tuple[int, int, int]:
@@ -300,9 +306,10 @@ def candidates(block: int, lengths: Sequence[int], steps_by_one: bool, x: Tensor
 
     def fits(pixels: int, warps: int, stages: int, swap: int, tma: int) -> bool:
         shared = (pixels + block) * block * x.element_size() * max(1, stages // 2)
-        return shared <= block_sparse.SHARED_BYTES and pixels * block <= most * warps and (steps_by_one or not tma)
+        return shared <= block_sparse.SHARED_BYTES and pixels * block <= most * warps
 
-    tiles = [tile for tile in (TILES if block >= 64 else SMALL_TILES) if fits(*tile)] or [LAST_TILE]
+    known = (TILES if steps_by_one else STEPPING_TILES) if block >= 64 else (SMALL_TILES if steps_by_one else SMALL_STEPPING_TILES)
+    tiles = [tile for tile in known if fits(*tile)] or [LAST_TILE]
     return [config(**dict(zip(NAMES, (*patch(pixels, lengths), *rest)))) for pixels, *rest in tiles]
 
 
@@ -311,11 +318,10 @@ def candidates(block: int, lengths: Sequence[int], steps_by_one: bool, x: Tensor
 # outputs have to be the columns (swap).
 TILES = (
     (128, 4, 5, 0, 1), (256, 4, 3, 0, 1), (256, 4, 5, 0, 1), (128, 4, 3, 0, 1), (128, 4, 7, 0, 1), (256, 8, 5, 0, 1), (64, 4, 5, 0, 1),
-    (128, 4, 5, 0, 0), (128, 4, 3, 1, 0), (128, 4, 5, 1, 0), (256, 8, 5, 1, 0),
 )  # fmt: skip
-SMALL_TILES = (
-    (256, 4, 5, 1, 1), (128, 4, 7, 1, 1), (256, 8, 7, 1, 1), (128, 4, 9, 1, 1), (128, 4, 5, 1, 0), (256, 4, 5, 1, 0), (128, 4, 7, 1, 0),
-)
+STEPPING_TILES = ((128, 4, 5, 0, 0), (128, 4, 3, 1, 0), (128, 4, 5, 1, 0), (256, 8, 5, 1, 0), (64, 4, 3, 0, 0))
+SMALL_STEPPING_TILES = ((128, 4, 5, 1, 0), (256, 4, 5, 1, 0), (128, 4, 7, 1, 0), (256, 8, 5, 1, 0), (64, 4, 5, 1, 0))
+SMALL_TILES = ((256, 4, 5, 1, 1), (128, 4, 7, 1, 1), (256, 8, 7, 1, 1), (128, 4, 9, 1, 1), *SMALL_STEPPING_TILES[:3])
 LAST_TILE = (32, 4, 3, 0, 0)
 
 
