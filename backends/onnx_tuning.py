@@ -444,8 +444,8 @@ def pad_channels(model: ir.Model, multiple: int = CHANNELS) -> int:
         wide = np.concatenate([array, np.zeros((len(array), added, *array.shape[2:]), array.dtype)], 1)
         node.replace_input_with(0, padded[x])
         node.replace_input_with(1, _initializer(graph, f"{weight.name}.padded", wide))
-        if not weight.uses() and weight.name in graph.initializers:
-            del graph.initializers[weight.name]
+        if not weight.uses():
+            graph.initializers.pop(weight.name or "", None)
         found += 1
     return found
 
