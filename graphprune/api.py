@@ -492,7 +492,8 @@ def compile(
         scope: "local" (per group), "global", or "isomorphic" (among groups of the same structure).
         ignore, targets: exact names, globs, "re:...", "op:Conv".
         round_to: keep multiples of this; "auto" is what was measured on the device that the network is on, else 8 from a width of 64 on.
-            A GPU is measured on first use, some seconds; a CPU by `graphprune bench --widths` alone. The report says which it was.
+            A GPU is measured on first use, some seconds; a CPU by `graphprune bench --widths` alone. Layers keep no width there that is not
+            clearly faster than the wider ones. The report says which it was.
         calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data.
         backend: what runs the result and is timed: "torch", "onnxruntime", or "triton", where layers with zeros in their weights run by
             sparse kernels if these were measured to be faster on the device at hand.

@@ -104,11 +104,11 @@ class Widths:
     def pays(self, convolution: bool, size: int, width: int) -> bool:
         """Whether a layer of `size` is clearly faster at this width than at the larger ones that were measured.
 
-        It counts as the eighth that it fits into; below the least of them, as that. Less than an eighth off, the multiple alone decides.
+        It counts as the eighth that it fits into, outside the measured ones as that next to it.
         """
         measured = self.convolution_paying if convolution else self.linear_paying
-        eighth = max(EIGHTHS[0], -(-8 * width // size))
-        return not measured or eighth > EIGHTHS[-1] or eighth in _nearest(measured, size)
+        eighth = min(max(EIGHTHS[0], -(-8 * width // size)), EIGHTHS[-1])
+        return not measured or eighth in _nearest(measured, size)
 
     @property
     def coarsest(self) -> int:
