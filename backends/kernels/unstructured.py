@@ -58,6 +58,8 @@ NAMES = ("tokens", "split", "warps", "stages", "early")
 PIECE = 8  # entries that a walker takes in one step
 SKIP = 15  # the longest distance of one entry
 MAX_TOKENS = 4
+TILES = (32, 16, 8)  # rows, the fastest first where each gives enough programs: measured on an H200 at one token
+PROGRAMS = 256
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,22 @@ class GapCoded(Packed):
         return self.kept / max(1, self.shape[0] * self.shape[1])
 
 
-def pack(weight: Tensor, tile: int = 32, walkers: int = 16, panel: int = 4096) -> GapCoded:
-    """Compresses `weight` (M, K). `tile` (R), `walkers` (W) and `panel` (P) are powers of two.
+def pack(weight: Tensor, tile: int | None = None, walkers: int | None = None, panel: int = 4096) -> GapCoded:
+    """Compresses `weight` (M, K). `tile` (R), `walkers` (W) and `panel` (P) are powers of two; by default tiles are large where there are
+    enough of them to fill a GPU, and more walkers share the rows of small ones.
 
     Raises:
         InvalidInput: the weight is not a matrix of a known dtype, or a number is not a power of two.
     """
     if (reason := check_weight(weight)) is not None:
         raise InvalidInput(f"unstructured: {reason}")
+    rows, columns = weight.shape
+    if tile is None:
+        tile = next((it for it in TILES if rows * -(-columns // max(1, panel)) >= it * PROGRAMS), TILES[-1])
+    if walkers is None:
+        walkers = 16 if tile == TILES[0] else 32
     if any(n < 1 or n & (n - 1) for n in (tile, walkers, panel)) or panel > 32768:
         raise InvalidInput(f"unstructured: tile, walkers and panel must be powers of two, found {tile}, {walkers} and {panel}")
-    rows, columns = weight.shape
     weight, panels = weight.detach(), -(-columns // panel)
     tiles = -(-rows // tile)
     order = torch.argsort((weight != 0).sum(1), descending=True, stable=True)
