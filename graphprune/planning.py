@@ -141,9 +141,9 @@ def make_plan(
     measured = Measured(timed, measure) if timed else None
     spread = ""
     if hasattr(rivals, "search"):
-        if measured is not None:
-            raise InvalidInput(f"budget {next(iter(timed))}: this recipe searches by itself; give it a pruning_ratio or a budget of sizes")
-        removed = rivals.search(candidates, budget, statistics)
+        if unfit := [name for name in timed if name != "latency_ms" or not getattr(rivals, "timed", False)]:
+            raise InvalidInput(f"budget {unfit[0]}: this recipe searches by itself; give it a pruning_ratio or a budget of sizes")
+        removed = rivals.search(candidates, budget, statistics) if not timed else rivals.search(candidates, sizes, statistics, measured)
     else:
         if measured is None and not getattr(rivals, "even", False):
             candidates, spread = fastest(analysis, candidates, rivals, budget)

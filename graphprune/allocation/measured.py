@@ -106,7 +106,7 @@ class Measured:
 
     def _fast(self, removed: Callable[[int], Removed], least: int, most: int) -> int:
         assert self.target is not None
-        share = self._share(removed(most))
+        share = self.share(removed(most))
         if share > BAND[1]:
             dense, fastest = self.found["latency_ms"]
             raise BudgetNotMet(
@@ -114,7 +114,7 @@ class Measured:
                 "once all is gone that units, ratio, round_to, min_keep and ignore allow"
             )
         dense = self.found["latency_ms"][0]
-        if (self._share(removed(least)) if least else self.target.share((dense, dense))) <= 1.0:
+        if (self.share(removed(least)) if least else self.target.share((dense, dense))) <= 1.0:
             met_by = "what other budgets ask for" if least else "the network as it is"
             log.warning("the latency is met by %s; nothing more is removed", met_by)
             self.found["latency_ms"] = self.found["latency_ms"] if least else (dense, dense)
@@ -122,7 +122,7 @@ class Measured:
         low, high = least, most  # prefixes up to `low` are too slow, `high` is fast enough
         while high - low > 1:
             middle = (low + high) // 2
-            share = self._share(removed(middle))
+            share = self.share(removed(middle))
             if share > 1.0:
                 low = middle
             else:
@@ -130,13 +130,14 @@ class Measured:
             if AIM <= share <= 1.0:
                 break
         for _ in range(CONFIRMATIONS):  # what was met by luck is not met a second time
-            if high == most or self._share(removed(high)) <= 1.0:
+            if high == most or self.share(removed(high)) <= 1.0:
                 break
             high = min(most, high + max(1, (most - least) // 32))
-        self._share(removed(high))
+        self.share(removed(high))
         return high
 
-    def _share(self, removed: Removed) -> float:
+    def share(self, removed: Removed) -> float:
+        """What a candidate takes, as a multiple of the target; `found` says how long both took."""
         assert self.measure is not None and self.target is not None
         candidate, dense = self.measure("latency_ms", removed)
         self.found["latency_ms"] = (dense, candidate)
