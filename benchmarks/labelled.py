@@ -18,12 +18,9 @@ protocol: a second run fills what is missing.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import gzip
 import hashlib
 import io
-import json
 import random
 import subprocess
 import tarfile
@@ -40,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.methods import LAST, ORDERED, SPARSE, Cell, compositions, guarded, latest, package
+from benchmarks.methods import LAST, ORDERED, SPARSE, Cell, compositions, guarded, latest, memory, package, recorded
 
 LEFT = "80%", "50%"  # of the MACs
 CALIBRATION, BATCH = 32, 8
@@ -323,14 +320,12 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     arguments: dict[str, Any] = dict(cell.arguments)
     if "left" in arguments:
         arguments = {"budget": {"macs": arguments["left"]}, "round_to": 4}
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed
-    before, start, began = _memory(fresh=True)["VmRSS"], time.perf_counter(), time.process_time()
+    before, start, began = memory("cpu", fresh=True)[0], time.perf_counter(), time.process_time()
     data = subject.batches if recipe.data or recipe.noise else None
     result = gp.compile(program, recipe=recipe, calibration_data=data, loss=subject.loss, verify=False, progress=False, **arguments)
     used, passed = time.process_time() - began, time.perf_counter() - start
     seconds = used * (1 - result.report.seconds.get("measure", 0.0) / passed)  # of one core, however busy the machine; timing the result apart
-    peak = _memory()["VmHWM"] - before
+    peak = memory("cpu")[1] - before
     dense, after = result.report.before, result.report.after
     latency = {"dense_ms": dense.latency.median_ms, "ms": after.latency.median_ms} if dense.latency and after.latency else {}
     zeros = sum(int((~mask).sum()) for mask in result.plan.masks.values())
@@ -338,15 +333,6 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
         "errors": subject.errors(result), "params": after.params, "macs": after.macs, "zeros": zeros, "seconds": seconds, "peak_mb": peak,
         **latency,
     }  # fmt: skip
-
-
-def _memory(fresh: bool = False) -> dict[str, float]:
-    """Megabytes of this process now (VmRSS) and at most (VmHWM), the latter since it was asked for afresh. Linux."""
-    process = Path("/proc/self")
-    if fresh:
-        (process / "clear_refs").write_text("5")
-    fields = (line.split() for line in (process / "status").read_text().splitlines())
-    return {row[0].rstrip(":"): int(row[1]) / 1e3 for row in fields if row and row[0] in ("VmRSS:", "VmHWM:")}
 
 
 def _key(cell: Cell, subject: Subject) -> str:
@@ -413,8 +399,7 @@ def main() -> None:
     parser.add_argument("--spread", action="store_true", help="what a budget of parameters costs where groups do not lose alike; keeps no results")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(text) for text in options.results.read_text().splitlines()] if options.results.exists() else []
+    rows, add = recorded(options.results, line)
     done, end = {row["key"] for row in rows if "why" not in row}, time.monotonic() + options.seconds
     torch.set_num_threads(1)
     for model in options.models.split(",") if options.spread else []:
@@ -434,11 +419,7 @@ def main() -> None:
             if name in done or left < 2:
                 continue
             row = {"key": name, "model": model, "recipe": cell.recipe, "what": cell.what, "seed": 0}
-            row |= guarded(cell, subject, options, min(options.cell, left), run)
-            rows.append(row)
-            with options.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(line(row), flush=True)
+            add(row | guarded(cell, subject, options, min(options.cell, left), run))
     print(table(rows))
 
 

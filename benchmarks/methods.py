@@ -9,18 +9,22 @@ texts of the Brown corpus for SmolLM2), a draw per seed; perplexity is that of h
 (unstructured and 2:4); units until 85 % and 61 % of all parameters are left, equal for all methods (a ratio of units is not: where a layer
 has two groups of keys and values, a fifth of them is none, and a global threshold takes one), in multiples of 8 (any number of Mamba-2's
 heads). No training. Three draws for weights and for the best methods of units, these at 90 % and 70 % too. Latency is that of one
-calibration batch, taken after all else by one process, in turns with the dense network, a graph replayed where there is a GPU. Cells are
-lines of JSON, keyed by sources, weights and protocol: a second run fills what is missing. Proofs are switched off here and made by the tests.
+calibration batch, taken after all else by one process, in turns with the dense network, a graph replayed where there is a GPU. From what has
+been timed so the time of other cuts is predicted, and our own recipe is run at budgets of time too ("1.45x"), to be compared at equal
+latency: its measured time counts, not the predicted one. Cells are lines of JSON, keyed by sources, weights and protocol: a second run fills
+what is missing. Memory is what the pruning adds to what was there. Proofs are switched off here and made by the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import hashlib
 import json
 import multiprocessing
 import queue
-import resource
+import re
 import signal
 import statistics
 import sys
@@ -41,6 +45,7 @@ BETWEEN: tuple[dict[str, Any], ...] = {"left": "90%"}, {"left": "70%"}
 ROUND_TO = {"mamba2": 1}  # whole heads, of which there are 12; elsewhere 8
 SEEDS = (0, 1, 2)
 OURS = "slice_refit"
+FASTER = {"decoder": (1.055, 1.2, 1.24, 1.3, 1.43, 1.68, 1.9), "mamba2": (1.14, 1.23, 1.63, 2.015)}  # times at least, of our own: what others reach
 BEST = (OURS, "slicegpt", "tyr_local", "obspa", "wanda_sp", "flap", "group_l2")  # of units, and what they are compared with
 SPARSE_METHODS = ("magnitude", "wanda", "sparsegpt", "mrp")
 SEARCHES = ("tyr", "blockpruner")
@@ -169,6 +174,8 @@ class Cell:
             return ""
         if "left" in given:
             level = f"{given['left']} left"
+        elif "faster" in given:
+            level = f"{given['faster']}x"
         elif "pattern" in given:
             level = given["pattern"] if given["pattern"] != "unstructured" else str(given["sparsity"])
         else:
@@ -208,10 +215,17 @@ def cells(models: Sequence[str], names: Sequence[str], draws: int = len(SEEDS)) 
                         if not names or name in names:
                             found.extend(Cell(model, name, tuple(arguments.items()), seed, data) for model in models)
 
+    def by_time(seeds: Sequence[int]) -> None:
+        if not names or OURS in names:
+            ours = [Cell(model, OURS, (("faster", times),), seed) for seed in seeds for model in models for times in FASTER.get(model, ())]
+            found.extend(cell for cell in ours if cell.seed < draws)
+
     take(BEST)
+    by_time(SEEDS[:1])
     take(SPARSE_METHODS)
     take(SEARCHES)
     take(name for name in RECIPES if name not in (*BEST, *SPARSE_METHODS, *SEARCHES, *LAST))
+    by_time(SEEDS[1:])
     take(BEST[:-1], SEEDS[1:])
     take(BEST, SEEDS[:1], BETWEEN)
     take(SPARSE_METHODS[1:], SEEDS[1:])
@@ -241,7 +255,6 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     from graphprune import costs
     from graphprune.recipes import RECIPES
 
-    cuda = options.device == "cuda"
     if cell.recipe in ("dense", "sibling"):
         module, program = subject.module, subject.program
         if cell.recipe == "sibling":
@@ -253,16 +266,22 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
     data = subject.calibration(cell.seed) if cell.data and (recipe.data or recipe.noise) else None
     program = subject.program
     program.analysis  # noqa: B018  not part of what the recipe costs
+    cuda, before = options.device == "cuda", memory(options.device, fresh=True)[0]
+    arguments: dict[str, Any] = dict(cell.arguments)
+    units = {"recipe": recipe, "calibration_data": data, "round_to": ROUND_TO.get(cell.model, 8)}
     if cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    arguments: dict[str, Any] = dict(cell.arguments)
-    if "left" in arguments:
-        arguments = {"budget": {"params": arguments["left"]}, "round_to": ROUND_TO.get(cell.model, 8)}
     start = time.perf_counter()
-    result = gp.compile(program, recipe=recipe, calibration_data=data, verify=False, **arguments)
+    if "faster" in arguments:
+        predicted = Predicted(program, [row for row in options.timed if row["model"] == cell.model])
+        plan = gp.plan(program, budget={"latency_ms": f"{100 / arguments['faster']:.4f}%"}, measure=predicted, **units)
+        result = gp.apply(program, plan, calibration_data=data, verify=False)
+    elif "left" in arguments:
+        result = gp.compile(program, budget={"params": arguments["left"]}, verify=False, **units)
+    else:
+        result = gp.compile(program, recipe=recipe, calibration_data=data, verify=False, **arguments)
     seconds = time.perf_counter() - start - result.report.seconds.get("measure", 0.0)
-    peak = torch.cuda.max_memory_allocated() if cuda else 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory(options.device)[1] - before
     after = result.report.after
     masks = result.plan.masks.values()
     return {
@@ -271,9 +290,26 @@ def run(cell: Cell, subject: Subject, options: argparse.Namespace) -> dict[str, 
         "macs": after.macs,
         "zeros": sum(int((~m).sum()) for m in masks),
         "seconds": seconds,
-        "peak_mb": peak / 1e6,
+        "peak_mb": peak,
         "gone": {name: len(units) for name, units in result.plan.removed.items() if units},
     }
+
+
+def memory(device: str, fresh: bool = False) -> tuple[float, float]:
+    """Megabytes now and at most, the latter since it was asked for afresh: of the GPU, or of this process (Linux)."""
+    if fresh:
+        gc.collect()
+    if device == "cuda":
+        if fresh:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6, torch.cuda.max_memory_allocated() / 1e6
+    process = Path("/proc/self")
+    if fresh:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed
+        (process / "clear_refs").write_text("5")
+    fields = [line.split() for line in (process / "status").read_text().splitlines()]
+    now, most = (next(int(row[1]) / 1e3 for row in fields if row and row[0] == name) for name in ("VmRSS:", "VmHWM:"))
+    return now, most
 
 
 def guarded(
@@ -326,7 +362,7 @@ def work(tasks: Any, results: Any, options: argparse.Namespace, end: float) -> N
             results.put({"key": "", "model": cell.model, "recipe": cell.recipe, "what": cell.what, "seed": cell.seed, "why": str(why)[:300]})
             continue
         head = {"key": name, "model": cell.model, "recipe": cell.recipe, "what": cell.what, "seed": cell.seed}
-        if name in options.done:
+        if name in options.done or (cell.model, cell.recipe, cell.what, cell.seed) in options.kept:
             continue
         row = head | guarded(cell, subject, options, min(options.cell, left - 1))
         results.put(row)
@@ -385,12 +421,14 @@ def fill(wanted: Sequence[Cell], options: argparse.Namespace, add: Callable[[dic
 def latencies(rows: Sequence[dict[str, Any]], options: argparse.Namespace, add: Callable[[dict[str, Any]], None], end: float) -> None:
     """Milliseconds of every cut, by itself on the device, in turns with the dense network; equal shapes once, the best cells first."""
     import graphprune as gp
+    from benchmarks import train_small
     from graphprune import api
 
     api.MEASURE_SECONDS = 0.0
     subjects: dict[str, Subject] = {}
     known = {_shape(row): row for row in rows if "ms" in row}
-    wanted = [row for row in latest(rows) if row.get("gone") and "ms" not in row and row["model"] in options.models.split(",")]
+    models, timed = options.models.split(","), (row for row in latest(rows) if row["recipe"] == "sibling" or row.get("gone"))
+    wanted = [row for row in timed if "perplexity" in row and "ms" not in row and row["model"] in models]
     for row in sorted(wanted, key=lambda r: (r["seed"], r["what"] not in ("85% left", "61% left"), r["perplexity"])):
         if time.time() > end:
             return
@@ -400,9 +438,11 @@ def latencies(rows: Sequence[dict[str, Any]], options: argparse.Namespace, add: 
                 if row["model"] not in subjects:
                     subjects[row["model"]] = SUBJECTS[row["model"]](row["model"], options)
                 subject = subjects[row["model"]]
-                removed = {name: range(count) for name, count in row["gone"].items()}
-                plan = gp.Plan.of(subject.program, removed)
-                module = gp.apply(subject.program, plan, verify=False).module
+                if row["recipe"] == "sibling":
+                    module = train_small.build(SIBLINGS[row["model"]]).to(subject.device).eval()  # whatever its weights
+                else:
+                    plan = gp.Plan.of(subject.program, {name: range(count) for name, count in row["gone"].items()})
+                    module = gp.apply(subject.program, plan, verify=False).module
                 both, inputs = (subject.module, module), subject.calibration(0)[0]
                 try:
                     calls = [launch(m, inputs, graph=subject.device == "cuda") for m in both]
@@ -419,7 +459,41 @@ def latencies(rows: Sequence[dict[str, Any]], options: argparse.Namespace, add: 
 def _shape(row: dict[str, Any]) -> Any:
     """Equal for networks of equal shapes: layers of one kind may be exchanged."""
     gone = sorted((name.rpartition(":")[2], count) for name, count in row.get("gone", {}).items())
-    return row["model"], str(gone)
+    return row["model"], row.get("recipe") == "sibling", str(gone)
+
+
+class Predicted:
+    """The time of a cut, in percent of the dense network's, by those that were timed: linear in MACs, their square and the units of each kind
+    that go, none of which makes a network slower. It takes the place of timing candidates, which other workers would disturb.
+    """
+
+    def __init__(self, program: Any, rows: Sequence[dict[str, Any]]) -> None:
+        from scipy.optimize import nnls
+
+        from graphprune.costs import CostModel
+
+        self.groups, self.costs = {group.name: group for group in program.analysis.groups}, CostModel(program.analysis)
+        self.known = {_shape(row): row["ms"] / row["dense_ms"] for row in rows if "ms" in row}
+        timed = {_shape(row): row["gone"] for row in rows if "ms" in row and all(self.groups[name].kind != "layer" for name in row["gone"])}
+        self.model = rows[0]["model"] if rows else ""
+        self.kinds = sorted({self.groups[name].kind for gone in timed.values() for name in gone})
+        if len(timed) < 3 + len(self.kinds):
+            raise ValueError(f"{len(timed)} cuts were timed, too few to predict the time of others: run other recipes first")
+        table = torch.tensor([self._features(gone) for gone in timed.values()], dtype=torch.float64).numpy()
+        scale = table.max(0).clip(1e-12)
+        self.slopes = nnls(table / scale, [1 - self.known[shape] for shape in timed])[0] / scale
+
+    def _features(self, gone: dict[str, int]) -> list[float]:
+        kept = {self.groups[name].atom: self.groups[name].size - count for name, count in gone.items()}
+        work = 1 - self.costs.cost(kept).macs / self.costs.cost({}).macs
+        return [work, work**2, *(float(sum(n for name, n in gone.items() if self.groups[name].kind == kind)) for kind in self.kinds)]
+
+    def __call__(self, name: str, removed: Any) -> tuple[float, float]:
+        gone = {group: len(units) for group, units in removed.items() if len(units)}
+        share = self.known.get(_shape({"model": self.model, "gone": gone}))
+        if share is None:
+            share = 1 - sum(a * b for a, b in zip(self.slopes, self._features(gone)))
+        return 100 * max(share, 0.01), 100.0
 
 
 def launch(module: nn.Module, inputs: dict[str, Tensor], graph: bool) -> Callable[[], Any]:
@@ -493,17 +567,18 @@ ORDER = (
 
 
 def checks(rows: Sequence[dict[str, Any]]) -> str:
-    """What papers claim, held against the medians over seeds."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+    """What papers claim, held against the medians over the draws that both methods had."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in latest(rows):
         if "perplexity" in row:
-            found.setdefault((row["model"], row["recipe"], row["what"]), []).append(row["perplexity"])
-    middle = {name: statistics.median(values) for name, values in found.items()}
+            found.setdefault((row["model"], row["recipe"], row["what"]), {})[row["seed"]] = row["perplexity"]
+    middle = {name: statistics.median(values.values()) for name, values in found.items()}
     out = []
     for model in dict.fromkeys(row["model"] for row in rows):
         for at, better, worse in ORDER:
-            a, b = middle.get((model, better, at)), middle.get((model, worse, at.split(",")[0]))
-            if a is not None and b is not None:
+            cells = found.get((model, better, at), {}), found.get((model, worse, at.split(",")[0]), {})
+            if both := sorted(cells[0].keys() & cells[1].keys()):
+                a, b = (statistics.median(cell[seed] for seed in both) for cell in cells)
                 out.append(f"{model:8} {at:12} {better} {a:.2f} <= {worse} {b:.2f}: {'holds' if a <= b else 'does not hold'}")
         times = {(r["recipe"], r["what"]): r["dense_ms"] / r["ms"] for r in latest(rows) if "ms" in r and r["model"] == model}
         for at in ("90% left", "85% left", "70% left", "61% left"):
@@ -513,7 +588,42 @@ def checks(rows: Sequence[dict[str, Any]]) -> str:
                 mine = next(v for v, name in found_here if name == OURS)
                 best += [] if any(OURS in b for b in best) else [f"{OURS} {mine:.2f}"]
                 out.append(f"{model:8} {at:12} best: {', '.join(best)}")
+        out += equal_latency(model, {n[1:]: (v, times[n[1:]]) for n, v in middle.items() if n[0] == model and n[1:] in times})
     return "\n".join(["published order, medians over seeds:", *out])
+
+
+EQUAL = 0.995  # as fast as another: times repeat to half a percent
+
+
+def equal_latency(model: str, found: dict[tuple[str, str], tuple[float, float]]) -> list[str]:
+    """Every cut of others against the best of ours that is measured to be as fast or faster; `found`: (recipe, at) -> (perplexity, times)."""
+    mine = {at: cell for (recipe, at), cell in found.items() if recipe == OURS}
+    out, won, others = [], 0, {name: cell for name, cell in found.items() if name[0] not in (OURS, "sibling")}
+    for (recipe, at), (perplexity, times) in sorted(others.items(), key=lambda row: row[1][1]):
+        fast = [(*cell, own) for own, cell in mine.items() if cell[1] >= EQUAL * times]
+        ours, speed, own = min(fast, default=(float("inf"), 0.0, "none"))
+        won += ours < perplexity
+        best = not any(v < perplexity and x >= EQUAL * times for v, x in others.values())
+        if best or ours >= perplexity:  # others win by more
+            verdict = f"{OURS} ({own}) {ours:.2f} {speed:.3f}x: {'better' if ours < perplexity else 'not better'}"
+            out.append(f"{model:8} at equal latency {recipe} ({at}) {perplexity:.2f} {times:.3f}x | {verdict}")
+    return [*out, f"{model:8} at equal latency {OURS} is better than {won} of {len(others)} cuts"] if mine and others else []
+
+
+def recorded(
+    path: Path, show: Callable[[dict[str, Any]], str]
+) -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
+    """Lines of JSON in a file, and what adds one there, and shows it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(show(row), flush=True)
+
+    return rows, add
 
 
 def main() -> None:
@@ -532,24 +642,24 @@ def main() -> None:
     parser.add_argument("--cell", type=float, default=600, help="seconds of one cell at most")
     parser.add_argument("--results", type=Path, default=Path("results/methods.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="a few short sequences")
+    parser.add_argument("--keep", action="store_true", help="what other sources gave counts, but for the recipes named; all that lacks is run")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(text) for text in options.results.read_text().splitlines()] if options.results.exists() else []
+    rows, add = recorded(options.results, line)
     options.done = {row["key"] for row in rows if "why" not in row}
+    options.kept = {
+        tuple(row[name] for name in ("model", "recipe", "what", "seed"))
+        for row in rows if options.keep and "why" not in row and row["recipe"] not in options.recipes
+    }  # fmt: skip
+    options.timed = [{name: row[name] for name in ("model", "gone", "ms", "dense_ms")} for row in latest(rows) if "ms" in row]
     options.failures = []
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(line(row), flush=True)
 
     if not options.table:
         print(HEAD, flush=True)
-        wanted = cells(options.models.split(","), options.recipes, options.draws)
+        wanted = cells(options.models.split(","), [] if options.keep else options.recipes, options.draws)
         end = time.time() + options.seconds
-        fill([cell for cell in wanted if not (cell.what and options.at) or cell.what in options.at.split(",")], options, add)
+        at = re.split(r",(?! no data)", options.at)
+        fill([cell for cell in wanted if not (cell.what and options.at) or cell.what in at], options, add)
         latencies(rows, options, add, end + options.timing)
     print(table(rows))  # the latest of each cell
     print(checks(rows))

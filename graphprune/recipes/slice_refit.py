@@ -135,12 +135,15 @@ class Together:
 
         def moved(width: int, way: dict[int, int], step: float) -> dict[int, int] | None:
             """Levels close to those of a cut, by what changing each of them there does to the loss."""
-            reach, known = [], []
+            tried = {}
             for i in room.inner:
                 allowed, apart = np.array(room.allowed(i)), max(1.0, step * candidates[i].group.size)
-                tried = sorted({int(allowed[np.abs(allowed - way[i] - sign * apart).argmin()]) for sign in (-1, 0, 1)} | {way[i]})
-                known.append((tried, alone.many([units(way | {i: n}) for n in tried])))
-                reach.append([n for n in allowed.tolist() if tried[0] <= n <= tried[-1]])
+                tried[i] = sorted({int(allowed[np.abs(allowed - way[i] - sign * apart).argmin()]) for sign in (-1, 0, 1)} | {way[i]})
+            others = [(i, n) for i in room.inner for n in tried[i] if n != way[i]]
+            base, *losses = alone.many([units(way), *(units(way | {i: n}) for i, n in others)])
+            loss = dict(zip(others, losses))
+            known = [(tried[i], [loss.get((i, n), base) for n in tried[i]]) for i in room.inner]
+            reach = [[n for n in room.allowed(i) if tried[i][0] <= n <= tried[i][-1]] for i in room.inner]
             copies.forget()
             return cheap(width, reach, known)
 
