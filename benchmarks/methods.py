@@ -549,8 +549,13 @@ HEAD = f"{'model':8} {'recipe':18} {'at':12} s {'perplex.':>9} {'M par.':>7} {'M
 
 
 def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of lines for the same cell the last one."""
-    return list({(r["model"], r["recipe"], r["what"], r["seed"]): r for r in rows}.values())
+    """Of lines for the same cell the last one; that time ran out takes nothing away."""
+    found: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        name = row["model"], row["recipe"], row["what"], row["seed"]
+        if name not in found or not row.get("why", "").startswith(OutOfTime.__name__):
+            found[name] = row
+    return list(found.values())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -166,9 +166,9 @@ class Together:
                     break
             return min(found, key=lambda w: found[w][0], default=0)
 
-        def chosen(widths: Iterable[float]) -> tuple[float, dict[int, int]]:
+        def chosen(widths: Iterable[float], closer: Sequence[int] = (1, 2)) -> tuple[float, dict[int, int]]:
             width = best(widths)
-            for part in (1, 2):
+            for part in closer:
                 width = best(width + sign * room.size / self.steps / part for sign in (-1, 1))
             if not found:
                 raise BudgetNotMet("the budget cannot be met: the smallest network that units, ratio, round_to and ignore allow costs more")
@@ -179,7 +179,10 @@ class Together:
                     before = found[width]
                     if (way := moved(width, before[1], step)) is not None and way != before[1]:
                         measure(width, way)
-                    step = step / 2 if found[width] is before else step
+                    if found[width] is before:
+                        if all(step * candidates[i].group.size <= 1 for i in room.inner):
+                            break  # single units were tried
+                        step /= 2
             return found[width]
 
         loss, way = chosen(room.widths(self.steps // 2))
@@ -194,7 +197,7 @@ class Together:
             clock.limit += LOWER * clock.amount - time
             width = sum(way.get(i, 0) for i in room.streams)
             found.clear()
-            loss, way = chosen([width])
+            loss, way = chosen([width, width - room.size / self.steps, width + room.size / self.steps], ())
         if clock is not None and measured is not None:
             if not met:
                 raise BudgetNotMet(f"latency_ms {measured.target} was asked for; what was found takes {time:.0%} of the network as it is")
