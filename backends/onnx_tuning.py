@@ -3,7 +3,6 @@
     fix_sizes   open axes get their sizes, and all that depends on sizes alone (masks, positions, rotary tables) becomes a constant
     fuse        attention, grouped-query attention, skip-norm and GELU become the operators that ONNX Runtime has fast kernels for
     narrow      weights and arithmetic in float16 or bfloat16; what loses too much, or has no such form, stays in float32
-    pad_channels  zeros for images of three channels, which GPUs have no fast convolution for
 
 Fusion comes after the cut, so heads and widths are those of each layer. Whether a step may be kept is for the caller to measure.
 """
@@ -27,7 +26,6 @@ from graphprune.errors import InvalidInput
 from graphprune.silence import quiet_onnxscript
 
 NARROW: Mapping[str, ir.DataType] = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-CHANNELS = 8  # 16 bytes in half precision: what one load of a GPU's matrix units takes
 FUSED = "com.microsoft"  # the domain of ONNX Runtime's own operators, which all have a 16-bit form
 NAMELESS = frozenset({"SimplifiedLayerNormalization"})  # of ONNX Runtime as well, though in ONNX's domain
 WIDE = frozenset({  # sums of many terms, powers that overflow, and what a small relative error of the argument ruins
@@ -412,52 +410,3 @@ def _narrowed(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
         lost &= np.isfinite(array)
         short = np.where(lost, np.copysign(ml_dtypes.finfo(dtype.numpy()).max, array).astype(dtype.numpy()), short)
     return ir.Tensor(np.asarray(short), dtype=dtype, name=tensor.name)
-
-
-def pad_channels(model: ir.Model, multiple: int = CHANNELS) -> int:
-    """Give images (three channels and more, fewer than `multiple`) channels of zeros, and the convolutions that take them weights of zeros.
-
-    Returns:
-        How many convolutions were changed.
-    """
-    graph, padded, found = model.graph, dict[ir.Value, ir.Value](), 0
-    if model.opset_imports.get("", 0) < 11:  # pads are an attribute there
-        return 0
-    for node in [it for it in graph if it.op_type == "Conv" and it.domain == ""]:
-        x, weight = node.inputs[:2]
-        if x is None or weight is None or not _given(x) or (array := _array(weight)) is None:
-            continue
-        channels = array.shape[1]
-        groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-        if groups > 1 or not 3 <= channels < multiple:
-            continue
-        added = multiple - channels
-        if x not in padded:
-            pads = np.zeros((2, array.ndim), np.int64)
-            pads[1, 1] = added
-            pad = ir.node("Pad", [x, _initializer(graph, f"{x.name}.pads", pads.reshape(-1))])
-            padded[x] = pad.outputs[0]
-            padded[x].name, padded[x].type = f"{x.name}.padded", x.type
-            if x.shape is not None:
-                padded[x].shape = ir.Shape([x.shape[0], multiple, *x.shape[2:]])
-            graph.insert_before(node, pad)
-        wide = np.concatenate([array, np.zeros((len(array), added, *array.shape[2:]), array.dtype)], 1)
-        node.replace_input_with(0, padded[x])
-        node.replace_input_with(1, _initializer(graph, f"{weight.name}.padded", wide))
-        if not weight.uses():
-            graph.initializers.pop(weight.name or "", None)
-        found += 1
-    return found
-
-
-def _given(value: ir.Value) -> bool:
-    """Whether it is an input, as it came or in another type."""
-    node = value.producer()
-    return value.is_graph_input() or (node is not None and node.op_type == "Cast" and node.inputs[0] is not None and _given(node.inputs[0]))
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

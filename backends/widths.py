@@ -136,9 +136,6 @@ def onnx_call(shapes: Sequence[tuple[int, int, int]], size: int, device: str = "
         return lambda: session.run(None, {"x": x})
     options: dict[str, Any] = {}
     if convolution and half:  # as `OnnxRuntimeModel` runs them, without biases: cuDNN compiles their kernels, a third of a second each
-        from graphprune.backends.onnx_tuning import pad_channels
-
-        pad_channels(model)
         options["provider_options"] = {"prefer_nhwc": "1"}
     runner = OnnxRuntimeModel(model, device=_current(), cuda_graph=True, **options)
     captured = runner.capture(torch.from_numpy(array(*shape)))

@@ -7,9 +7,8 @@
 For each network (random weights, fp16) dense and at ratio 0.3 and 0.5: the certificate of the cut in float64, the module and the ONNX file
 that `result.save` writes (dense by the same path); then, backend by backend, the error against the float64 module, and only then the time:
 dense and pruned in turns, median, launched by a CUDA graph. ONNX Runtime: fused, sizes fixed, I/O binding. It waits for each replay, so
-its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms,
-`+bias` lets ONNX Runtime add biases in the convolution's kernel, `+pad4` and `+pad8` give images so many channels. `ort_auto` is what
-`OnnxRuntimeModel` does by itself. Networks are cut and exported, and what is for torch.compile is compiled once, by processes beside each
+its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms, `+bias` lets ONNX
+Runtime add biases in the convolution's kernel, `ort_auto` is what `OnnxRuntimeModel` does by itself. Networks are cut and exported, and what is for torch.compile is compiled once, by processes beside each
 other before anything is timed: what is timed finds it in Inductor's cache.
 Rounding "auto" keeps multiples of what this GPU was measured to run well in fp16 by the library at hand, before anything is cut.
 Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted. With the
@@ -47,7 +46,7 @@ RATIOS = (0.0, 0.3, 0.5)
 PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense fp16 FLOP/s
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
 BACKENDS = (  # by default without extras
-    "compile", "compile+search", "ort", "ort_auto", "ort_nhwc", "ort_nhwc+bias", "ort_nhwc+bias+pad4", "ort_nhwc+bias+pad8",
+    "compile", "compile+search", "ort", "ort_auto", "ort_nhwc", "ort_nhwc+bias",
     "ort_nhwc+search+bias", "eager",
 )  # fmt: skip
 PRELOAD = ("torch", "graphprune", "graphprune.planning", "benchmarks.gpu_structured", "torch.onnx", "onnxscript", "transformers", "torch._dynamo")
@@ -216,8 +215,8 @@ def prepare(name: str, ratio: float, widths: Widths | int, folder: Path, threads
     return Variant(folder, f"{result.certificate.error:.0e}" if ratio else "-", left, tuple(work), kept, spent)
 
 
-def narrowed(source: Path, shape: Sequence[int], channels: int = 0) -> tuple[Path, dict[str, int]]:
-    """The ONNX file ready for ONNX Runtime in fp16 at these sizes, images with so many channels; in a process of its own."""
+def narrowed(source: Path, shape: Sequence[int]) -> tuple[Path, dict[str, int]]:
+    """The ONNX file ready for ONNX Runtime in fp16 at these sizes; in a process of its own."""
     import onnx_ir as ir
 
     from graphprune.backends import onnx_tuning
@@ -227,9 +226,7 @@ def narrowed(source: Path, shape: Sequence[int], channels: int = 0) -> tuple[Pat
     onnx_tuning.fix_sizes(model, sizes(model, shape))
     fused = onnx_tuning.fuse(model)
     onnx_tuning.narrow(model, "float16", keep_io=False)
-    if channels:
-        onnx_tuning.pad_channels(model, channels)
-    file = source.with_name(f"narrowed_{'x'.join(map(str, shape))}_{channels}.onnx")
+    file = source.with_name(f"narrowed_{'x'.join(map(str, shape))}.onnx")
     ir.save(model, file, external_data=f"{file.name}.data")
     return file, fused
 
@@ -237,11 +234,6 @@ def narrowed(source: Path, shape: Sequence[int], channels: int = 0) -> tuple[Pat
 def sizes(model: Any, shape: Sequence[int]) -> dict[str, int]:
     """What the open axes of the first input get."""
     return {str(axis.value): size for axis, size in zip(model.graph.inputs[0].shape, shape) if not isinstance(axis, int)}
-
-
-def padded(backend: str) -> int:
-    """The channels that a backend's name asks for."""
-    return next((int(it.removeprefix("pad")) for it in backend.split("+") if it.startswith("pad")), 0)
 
 
 class Runner:
@@ -549,7 +541,6 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="NETWORK@BATCH,... in this order, in place of networks and batches; resnet50@64=compile/ort: by these backends")
     parser.add_argument("--backends", default="", help=f"of {', '.join(BACKENDS)}")
     parser.add_argument("--rounding", default="auto", help="auto, or a number; others after a comma, auto,64, are tried on convolutional networks")
-    parser.add_argument("--brief", default="", help="of the backends, those that take the dense network alone")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--json", default="", help="append a line per row")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
@@ -575,7 +566,7 @@ def main() -> None:
         import onnxruntime
 
         print(f"onnxruntime {onnxruntime.__version__}; an empty graph takes {1e3 * empty_graph(device):.1f} us", flush=True)
-    roundings, brief = options.rounding.split(","), options.brief.split(",")
+    roundings = options.rounding.split(",")
     here: dict[str, Widths] = {}
     rows: list[Row] = []
     with (
@@ -593,11 +584,11 @@ def main() -> None:
                 cutting[key] = pool.submit(prepare, name, cut.ratio, widths, Path(folder), 1 if options.smoke else 2, name in exported)
             return cutting[key]
 
-        def file(name: str, cut: Cut, batch: int, channels: int) -> Future[tuple[Path, dict[str, int]]]:
-            before, key = variant(name, cut), (name, cut, batch, channels)
+        def file(name: str, cut: Cut, batch: int) -> Future[tuple[Path, dict[str, int]]]:
+            before, key = variant(name, cut), (name, cut, batch)
             if key not in narrowing:
                 shape = tuple((NETWORKS | SMOKE)[name].inputs(batch).shape)
-                narrowing[key] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape, channels).result())
+                narrowing[key] = waits.submit(lambda: pool.submit(narrowed, before.result().folder / "model.onnx", shape).result())
             return narrowing[key]
 
         def compiled(name: str, cut: Cut, batch: int, backend: str) -> None:
@@ -607,8 +598,7 @@ def main() -> None:
 
         def cuts(name: str, backend: str) -> list[Cut]:
             library = "onnxruntime" if backend.startswith("ort") else "torch"
-            all_cuts = [Cut(ratio, it, library) for it in (roundings if name in CONVOLUTIONAL else roundings[:1]) for ratio in RATIOS if ratio]
-            return [Cut(0.0), *(() if backend in brief else all_cuts)]
+            return [Cut(0.0), *(Cut(ratio, it, library) for it in (roundings if name in CONVOLUTIONAL else roundings[:1]) for ratio in RATIOS if ratio)]
 
         def ready(backend: str) -> bool:
             return backend.startswith("ort") and backend != "ort_auto"  # which makes its own file
@@ -623,7 +613,7 @@ def main() -> None:
             for cut in cuts(name, backend):
                 variant(name, cut)
                 if ready(backend):
-                    file(name, cut, batch, padded(backend))
+                    file(name, cut, batch)
                 if backend.startswith("compile") and device == "cuda":
                     compiled(name, cut, batch, backend)
         pending = wait((*cutting.values(), *narrowing.values(), *warming.values()), timeout=start + options.seconds / 2 - time.monotonic())
@@ -638,7 +628,7 @@ def main() -> None:
                 continue
             try:
                 variants = {cut: variant(name, cut).result() for cut in cuts(name, backend)}
-                files = {cut: file(name, cut, batch, padded(backend)).result() for cut in variants} if ready(backend) else {}
+                files = {cut: file(name, cut, batch).result() for cut in variants} if ready(backend) else {}
                 for cut, made in variants.items():
                     if made.folder not in told:
                         print(f"    {name} {cut} ({cut.library}): {made.kept or 'whole'}; {made.spent}", flush=True)
