@@ -656,7 +656,7 @@ def main() -> None:
         tuple(row[name] for name in ("model", "recipe", "what", "seed"))
         for row in rows if options.keep and "why" not in row and row["recipe"] not in options.recipes
     }  # fmt: skip
-    options.timed = [{name: row[name] for name in ("model", "gone", "ms", "dense_ms")} for row in latest(rows) if "ms" in row]
+    options.timed = [{name: row[name] for name in ("model", "gone", "ms", "dense_ms")} for row in latest(rows) if "ms" in row and "gone" in row]
     options.failures = []
 
     if not options.table:
