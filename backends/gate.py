@@ -181,10 +181,13 @@ class Gate:
     def model(self, packed: Packed, tokens: int, element_size: int) -> float:
         """How many times faster than dense the roofline lets a packed weight be."""
         rows, columns = packed.shape
-        moved = max(0.0, tokens * packed.width * element_size - self.roof.cache)  # of x and y, either way
         operations = 2.0 * rows * columns * tokens
-        dense = self.roof.seconds(rows * columns * element_size + moved, operations)
-        return dense / self.roof.seconds(packed.bytes + moved, operations * packed.work)
+
+        def moved(width: int) -> float:  # of x and y, either way
+            return max(0.0, tokens * width * element_size - self.roof.cache)
+
+        dense = self.roof.seconds(rows * columns * element_size + moved(packed.width), operations)
+        return dense / self.roof.seconds(packed.bytes + moved(packed.width - packed.unread), operations * packed.work)
 
     def crossover(
         self, kernel: Kernel, make: Callable[[float], Tensor], densities: Iterable[float], tokens: Iterable[int]

@@ -430,7 +430,8 @@ def test_the_gate_decides_by_images_of_the_example(tmp_path: Path) -> None:
 def test_activations_that_the_cache_holds_cost_nothing() -> None:
     """A product over many pixels with few channels moves activations only: sparse gains nothing, unless they are in the cache."""
     row = Row("", (64, 64, 1, 1), (1, 14, 14))
-    packed = conv.pack(make(row, torch.float16, 0.1), 16, **row.steps, size=(14, 14))
+    weight = torch.block_diag(*torch.randn(4, 16, 16)).half()[:, :, None, None]  # all channels are read, each by one block
+    packed = conv.pack(weight, 16, **row.steps, size=(14, 14))
     tokens = 64 * 14 * 14
     allowed = [Gate("cpu", roof=Roof(1e12, 1e15, 0.0, cache)).model(packed, tokens, 2) for cache in (0.0, 1e6, 1e9)]
     assert allowed[0] == pytest.approx(1.0, abs=0.01) and allowed[0] < allowed[1] < 1.01 and allowed[2] > 3
@@ -455,3 +456,14 @@ def gates_timing(median: float):  # type: ignore[no-untyped-def]
     from graphprune.backends.timing import Timing
 
     return Timing(median, median, median)
+
+
+def test_channels_that_no_tile_reads_cost_no_traffic():
+    """Three of four blocks of channels meet zeros alone: the roofline of a product that is bound by its input allows four times."""
+    weight = torch.randn(32, 128, 1, 1)
+    weight[:, 32:] = 0
+    packed = conv.pack(weight, block=32, stride=(1, 1), padding=(0, 0), dilation=(1, 1), size=(8, 8))
+    assert packed.unread == 96 and packed.width == 160
+    allowed = Gate("cpu", roof=Roof(1e9, 1e15, 0.0)).model(packed, 1 << 20, 4)
+    assert allowed == pytest.approx(160 / 64, rel=0.01)
+    assert block_sparse.pack(weight[:, :, 0, 0], 32).unread == 96

@@ -191,8 +191,13 @@ class Packed:
 
     @property
     def width(self) -> int:
-        """Numbers of x and y that cross memory for a token."""
+        """Numbers of x and y that cross memory for a token of the dense product."""
         return sum(self.shape)
+
+    @property
+    def unread(self) -> int:
+        """Those of x that only zeros of the weight meet, which the kernel does not read."""
+        return 0
 
     def example(self, tokens: int, like: Tensor) -> Tensor:
         """An x with so many tokens, to measure with."""

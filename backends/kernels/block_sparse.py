@@ -67,6 +67,10 @@ class BlockSparse(Packed):
     def work(self) -> float:
         return self.density
 
+    @property
+    def unread(self) -> int:
+        return max(0, self.shape[1] - self.columns.unique().numel() * self.block)
+
 
 def pack(weight: Tensor, block: int = 64) -> BlockSparse:
     """Keeps the blocks of `weight` (M, K) that hold a non-zero.

@@ -76,6 +76,11 @@ class BlockSparseConv(Packed):
     def width(self) -> int:
         return self.shape[0] + self.full[1] * self.stride[0] * self.stride[1]
 
+    @property
+    def unread(self) -> int:
+        channels = (self.columns & 0xFFFF).unique().numel() * self.block
+        return max(0, self.full[1] - channels) * self.stride[0] * self.stride[1]
+
     def example(self, tokens: int, like: Tensor) -> Tensor:
         """Images with about so many output pixels."""
         high, wide = outputs(self.size, self.full, self.stride, self.padding, self.dilation)
