@@ -13,7 +13,7 @@ import graphprune as gp
 from graphprune.errors import BudgetNotMet, InvalidInput
 from graphprune.execute.interpreter import run
 from graphprune.prepare import rotated
-from graphprune.recipes import slice_refit
+from graphprune.recipes import together
 from graphprune.repair.rotation import principal, stream_of
 from graphprune.verify.candidates import divergence
 from tests.randomise import randomise, seeded
@@ -163,16 +163,16 @@ def test_stream_and_insides_are_cut_together_by_measured_loss(name):
 def test_copies_of_the_readers_are_held_for_one_width_at_a_time(monkeypatch):
     held = []
 
-    class Counted(slice_refit.Copies):
+    class Counted(together.Copies):
         def __call__(self, removed):
             found = super().__call__(removed)
             held.append(max(sum(weight is key[0] for key in self.known) for weight in self.readers))
             return found
 
-    monkeypatch.setattr(slice_refit, "Copies", Counted)
+    monkeypatch.setattr(together, "Copies", Counted)
     model, x = plain(lambda hidden: SwiGLU(hidden, 70))
     gp.compile(model, x, recipe="slice_refit", budget={"params": "60%"}, calibration_data=data(x, 8), round_to=1, verify=False)
-    levels = len(slice_refit.Together().levels)
+    levels = len(together.Together().levels)
     assert len(held) > 2 * (levels + 2) and max(held) <= levels + 2  # each alone, and two whole candidates
 
 
