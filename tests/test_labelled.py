@@ -56,6 +56,14 @@ def test_a_cell_says_what_is_left_and_what_it_cost(subject, recipe):
             assert f"{row['errors']:.2%}" in labelled.line({"model": "tiny", "recipe": recipe, "what": cell.what, **row})
 
 
+@pytest.mark.parametrize("how", ["magnitude", "obspa"])
+def test_what_a_spread_costs_is_held_against_even_cuts(subject, how):
+    rows = list(labelled.spread_rows(subject, how, "70%"))
+    assert [row["what"] for row in rows][:2] == ["70% alike", "70% usual"]
+    dense = sum(v.tensor.numel() for v in subject.program.weights.values())
+    assert all(0 <= row["errors"] <= 1 and row["params"] <= 0.75 * dense for row in rows[:2])
+
+
 def test_what_fails_is_a_line_of_the_table(subject):
     row = guarded(Cell("tiny", "slicegpt", (("left", "50%"),)), subject, argparse.Namespace(), 60, labelled.run)
     assert "InvalidInput" in row["why"]
