@@ -2,6 +2,7 @@
 fewer units.
 
     python -m benchmarks.decode [--layers 8] [--batch 1] [--prompt 2048] [--only block:64x64=0.8,2:4=0.5,structured=0.3] [--json FILE]
+    python -m benchmarks.decode --layers 32 --calls decode      prefill is checked but not timed: half of the graphs to compile
     python -m benchmarks.decode --smoke      tiny, on any machine: kernels in Triton's interpreter, correctness only means something
 
 Layers have the sizes of Llama-3-8B, random weights, masks by magnitude; the vocabulary is smaller, so that its head does not hide the
@@ -20,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ import tests.torchvision_ops  # noqa: F401  transformers imports torchvision too
 
 PATTERNS = "block:64x64=0.8,2:4=0.5,unstructured=0.5,unstructured=0.6,unstructured=0.7,structured=0.3"
 SMOKE_PATTERNS = "block:16x16=0.5,2:4=0.5,unstructured=0.5,structured=0.5"
+CALLS = ("prefill", "decode")
 SPARE = 16  # places in the cache for warming up
 LOGITS = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # relative error of logits: roundings of all layers add up
 
@@ -162,13 +164,13 @@ def seconds(call: Callable[[], Any], decoder: Decoder, repeats: int) -> float:
 
 
 class Running:
-    """A model ready to be timed: prefill and a step of decoding, each one graph."""
+    """A model ready to be timed: prefill and a step of decoding, each one graph, or one of the two."""
 
-    def __init__(self, model: nn.Module, sizes: Sizes) -> None:
+    def __init__(self, model: nn.Module, sizes: Sizes, calls: Sequence[str]) -> None:
         self.decoder = Decoder(model, sizes)
         torch.compiler.reset()  # graphs of earlier models count against a limit; what was captured stays
-        on_gpu = self.decoder.ids.is_cuda
-        self.calls = {"prefill": graph(self.decoder.prefill, on_gpu), "decode": graph(self.decoder.step, on_gpu)}
+        both = {"prefill": self.decoder.prefill, "decode": self.decoder.step}
+        self.calls = {what: graph(both[what], self.decoder.ids.is_cuda) for what in calls}
 
     def seconds(self, what: str) -> float:
         return seconds(self.calls[what], self.decoder, 1 if what == "prefill" else self.decoder.sizes.steps)
@@ -181,7 +183,7 @@ def compared(dense: Running, pruned: Running) -> dict[str, tuple[float, float]]:
     return {what: (statistics.median(a for a, _ in times), statistics.median(b for _, b in times)) for what, times in rounds.items()}
 
 
-def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
+def run(patterns: str, sizes: Sizes, calls: Sequence[str], smoke: bool) -> Iterator[dict[str, Any]]:
     import graphprune as gp
     from graphprune.backends.base import lower
     from graphprune.report import KernelChoice, tables
@@ -191,7 +193,7 @@ def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
     dense = make(sizes, device, dtype)
     tokens = tuple(sorted({sizes.batch, sizes.batch * sizes.prompt}))
     ids = torch.ones(2, 4, dtype=torch.long, device=device)
-    running = Running(dense, sizes)
+    running = Running(dense, sizes, calls)
     for item in patterns.split(","):
         pattern, _, sparsity = item.partition("=")
         structured = pattern == "structured"
@@ -217,7 +219,7 @@ def run(patterns: str, sizes: Sizes, smoke: bool) -> Iterator[dict[str, Any]]:
             del lean
         print("correct: " + ", ".join(f"{what} off by {error:.1e}" for what, error in row["errors"].items()))
         print("weights on the device: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in row["memory"].items()))
-        times = compared(running, Running(module, sizes))
+        times = compared(running, Running(module, sizes, calls))
         for what, (a, b) in times.items():
             each = sizes.batch * (sizes.prompt if what == "prefill" else 1)
             row[what] = {"dense_tokens_per_s": each / a, "pruned_tokens_per_s": each / b, "speedup": a / b}
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--only", help=f"patterns and sparsities; default {PATTERNS}")
     for name in ("layers", "batch", "prompt", "steps"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--calls", default=",".join(CALLS), help="what is timed; default %(default)s")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.smoke and not torch.cuda.is_available():
@@ -241,7 +244,10 @@ def main() -> None:
     given = {name: getattr(options, name) for name in ("layers", "batch", "prompt", "steps") if getattr(options, name) is not None}
     sizes = Sizes(**{**vars(SMOKE if options.smoke else Sizes()), **given})
     torch.set_num_threads(1 if options.smoke else torch.get_num_threads())
-    for row in run(options.only or (SMOKE_PATTERNS if options.smoke else PATTERNS), sizes, options.smoke):
+    calls = options.calls.split(",")
+    if not set(calls) <= set(CALLS):
+        parser.error(f"--calls takes {' and '.join(CALLS)}, found {options.calls}")
+    for row in run(options.only or (SMOKE_PATTERNS if options.smoke else PATTERNS), sizes, calls, options.smoke):
         if options.json is not None:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
