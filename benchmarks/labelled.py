@@ -354,7 +354,7 @@ def spread_rows(subject: Subject, how: str, left: str) -> Iterable[dict[str, Any
         options = {} if how == "magnitude" else {k: getattr(RECIPES[how], v) for k, v in (("importance", "score"), ("repair", "repair"))}
         if options:
             options["calibration_data"] = subject.batches
-        result = gp.compile(subject.program, budget=budget, scope=Local(even=even), verify=False, progress=False, **options)
+        result = gp.compile(subject.program, budget=budget, scope=Local(uneven=1.0) if even else "local", verify=False, progress=False, **options)
         dense, after = result.report.before, result.report.after
         latency = {"dense_ms": dense.latency.median_ms, "ms": after.latency.median_ms} if dense.latency and after.latency else {}
         size = {"params": after.params, "macs": after.macs, "zeros": 0}

@@ -83,7 +83,7 @@ def decide(
             raise InvalidInput(f"recipe {method.name!r} needs calibration_data: an iterable of inputs such as the network gets in use")
         if not sparse:
             scope = scope_of(method.allocation)
-            scope = replace(scope, even=True) if isinstance(scope, Local) else scope  # a published method stays what it is
+            scope = replace(scope, uneven=1.0) if isinstance(scope, Local) else scope  # a published method stays what it is
             importance, repair = method.score, (*method.repair, *(r for r in repair if r not in method.repair))
             units = method.unit if tuple(units) == DEFAULT_UNITS else units  # type: ignore[assignment]
             if sparsity is not None or pattern is not None:

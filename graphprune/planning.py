@@ -145,7 +145,7 @@ def make_plan(
             raise InvalidInput(f"budget {unfit[0]}: this recipe searches by itself; give it a pruning_ratio or a budget of sizes")
         removed = rivals.search(candidates, budget, statistics) if not timed else rivals.search(candidates, sizes, statistics, measured)
     else:
-        if measured is None and not getattr(rivals, "even", False):
+        if measured is None:
             candidates, spread = fastest(analysis, candidates, rivals, budget)
         removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:

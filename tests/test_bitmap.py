@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import gelu, linear, relu, silu
 
 from graphprune.backends.gate import Gate, Measurement, Roof, Table
-from graphprune.backends.kernels import bitmap, nvrtc
+from graphprune.backends.kernels import base, bitmap, nvrtc
 from graphprune.backends.kernels.base import AWKWARD_SHAPES, TOLERANCE, epilogue
 from graphprune.errors import InvalidInput, MissingExtra
 
@@ -50,7 +50,7 @@ def walked(packed: bitmap.Bitmap) -> torch.Tensor:
             for lane in range(32):
                 for high in range(2):
                     for place in range(16):
-                        if not plan[2 * lane + step % 2] >> (16 * high + place) & 1:
+                        if not plan[2 * lane + step % 2] >> (4 * (place % 8) + 2 * (place // 8) + high) & 1:
                             continue
                         slot = int(stands[high, lane])
                         stands[high, lane] += 1
@@ -137,6 +137,18 @@ def test_the_gate_takes_it_for_tokens_that_the_other_kernel_does_not(tmp_path):
     judge = Gate("cpu", Table(tmp_path), measure=lambda *_: Measurement(30.0, 20.0, "tiles=1"), roof=Roof(1e12, 1e15, 0.0))
     assert judge.decide([bitmap.KERNEL], make(64, 512, device="cpu"), 8).path == "bitmap"
     assert "made for at most 64 tokens" in judge.decide([bitmap.KERNEL], make(64, 512, device="cpu"), 65).reason
+
+
+def test_programs_fit_and_the_first_is_even():
+    for blocks, splits, tokens in ((896, 2, 1), (1792, 1, 16), (256, 8, 32), (1, 1, 64), (8016, 1, 8), (256, 8, 64)):
+        configs = bitmap.candidates(blocks, splits, tokens, torch.device("cpu"))
+        programs = [base.parse(it, bitmap.NAMES) for it in configs]
+        assert programs and len(set(configs)) == len(configs)
+        for it in programs:
+            assert it["tiles"] <= bitmap.MAX_TILES and splits * it["groups"] <= bitmap.MAX_WARPS
+            assert bitmap.shared_bytes(splits, it["tiles"], it["groups"]) <= 227 << 10
+    with pytest.raises(InvalidInput, match="tiles=1 groups=1"):
+        base.parse("tiles=1", bitmap.NAMES)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -55,7 +55,7 @@ def test_what_is_poor_in_macs_loses_less_and_the_network_is_faster_for_it(name: 
     assert found.macs < (1 - 0.1) * cost(program, Cut(program.analysis, even.removed)).macs
     alike = max(len(e.removed) / e.size for e in even.entries.values())
     deepest = max(by_kind[0])
-    assert deepest <= spread.UNEVEN * alike + 1e-6
+    assert deepest <= Local().uneven * alike + 1e-6
 
 
 def test_a_spread_harms_no_more_than_as_few_macs_would_cost_an_even_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_small_cut_is_a_small_cut_everywhere() -> None:
     program, budget = tapered(), {"params": "95%"}
     plan = make_plan(program, budget=budget, round_to=1)
     assert plan.settings["spread"] == "every group alike"
-    assert plan.removed == make_plan(program, budget=budget, round_to=1, scope=Local(even=True)).removed
+    assert plan.removed == make_plan(program, budget=budget, round_to=1, scope=Local(uneven=1)).removed
 
 
 @pytest.mark.parametrize("options", [{"scope": "global"}, {"scope": "isomorphic"}, {"budget": {"params": "60%", "macs": "60%"}}])

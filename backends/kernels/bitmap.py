@@ -4,10 +4,11 @@ The weight is a bitmap and the kept values: 1 bit for every place and 2 bytes fo
 Each thread expands the very operands that the matrix units want of it, in registers; so more tokens cost little more than one.
 
 Layout (rows M, columns K). Rows are sorted by the length of their chains and cut into blocks of 16; columns are cut into steps of 64, and
-pairs of steps into `splits` equal runs, one for each warp of a program. A lane of a warp, 4 g + t, owns of a block the rows g and g + 8,
-and of a step the columns 32 h + 8 t + c (h = 0, 1; c = 0 .. 7): sixteen places for each row.
-    plans: (blocks, pairs of steps, 68) int32: for each lane a word of mask for each of the two steps (bit 8 h + c says that row g keeps
-        the place, bit 16 + 8 h + c that row g + 8 does), then their bases: the slot before which no chain of the warp reads any more
+pairs of steps into `splits` equal runs. A warp works on one block and one run; a program holds all runs of some blocks, and the warps of a
+run share what they read of x. A lane of a warp, 4 g + t, owns of a block the rows g and g + 8, and of a step the columns 32 h + 8 t + c
+(h = 0, 1; c = 0 .. 7): sixteen places for each row.
+    plans: (blocks, pairs of steps, 68) int32: for each lane a word of mask for each of the two steps (bit 4 c + 2 h says that row g keeps
+        the place, bit 4 c + 2 h + 1 that row g + 8 does), then their bases: the slot before which no chain of the warp reads any more
     values: (chunks, 8, 32, 2) in x's dtype: the kept values of each lane's two rows are two chains, one for each half of a 32-bit word; a
         slot is a word for each lane, a chunk eight slots
     offsets: (blocks * splits + 1,) int32: the first chunk of each block and run
@@ -52,9 +53,10 @@ ROWS, STEP, CHUNK, RING, AHEAD = 16, 64, 8, 64, 3
 CHAIN = STEP // 4  # places of a chain in a step
 PLAN_WORDS = 68
 WARP_BYTES = (RING + CHUNK) * 128 + 4 * 4 * PLAN_WORDS  # of shared memory
-MAX_TOKENS, MAX_SPLITS = 64, 8
+TILE_BYTES = (AHEAD + 1) * 8 * STEP * 2  # of shared memory, what a run holds of 8 tokens
+MAX_TOKENS, MAX_SPLITS, MAX_TILES, MAX_WARPS = 64, 8, 4, 16
 BUSY = 2048  # warps that keep a large device busy
-NAMES = ("tiles",)  # groups of 8 tokens
+NAMES = ("tiles", "groups")  # of a program: groups of 8 tokens, and blocks
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,14 @@ def pack(weight: Tensor, splits: int | None = None) -> Bitmap:
         raise InvalidInput(f"bitmap: splits is {splits}, expected 1 to {MAX_SPLITS}")
     (rows, columns), weight = weight.shape, weight.detach()
     blocks, steps = -(-rows // ROWS), -(-columns // (2 * STEP)) * 2
-    splits = splits or max(1, min(MAX_SPLITS, round(BUSY / max(1, blocks)), steps // 8))
+    fit = _shared_memory(weight.device) // shared_bytes(1, 1, 1)
+    splits = splits or max(1, min(MAX_SPLITS, fit, round(BUSY / max(1, blocks)), steps // 8))
     weight = padded(weight, (0, steps * STEP - columns))
     order = torch.argsort(_longest(weight != 0, splits), descending=True, stable=True)
     places = _places(padded(weight[order], (0, 0, 0, blocks * ROWS - rows)), blocks, steps)
     kept = places != 0
     bits = kept.transpose(2, 3).flatten(3).int()  # (blocks, steps, lanes, chains * places)
-    masks = (bits << torch.arange(32, dtype=torch.int32, device=weight.device)).sum(3, dtype=torch.int32)
+    masks = (bits << _bits(weight.device)).sum(3, dtype=torch.int32)
     counts = kept.sum(4, dtype=torch.int32).flatten(2)
     bases, lengths = _bases(counts, splits)
     offsets = padded((-(-lengths // CHUNK)).cumsum(0), (1, 0)).int()
@@ -119,6 +122,12 @@ def _longest(kept: Tensor, splits: int) -> Tensor:
     """(rows,) slots that each row would take alone, of all runs together: rows that are alike share a block."""
     counts = kept.reshape(kept.shape[0], -1, 2, 4, 8).sum((2, 4), dtype=torch.int32)  # (rows, steps, lanes of a row)
     return _runs(counts, splits).sum(1).amax(1).reshape(-1, splits).sum(1)
+
+
+def _bits(device: torch.device) -> Tensor:
+    """(chains * places,) the bit of each place of a lane in its word of mask."""
+    place = torch.arange(32, dtype=torch.int32, device=device)
+    return 4 * (place % 8) + 2 * (place // 8 % 2) + place // CHAIN
 
 
 def _places(weight: Tensor, blocks: int, steps: int) -> Tensor:
@@ -191,7 +200,7 @@ def _entries(plans: Tensor, offsets: Tensor, splits: int) -> tuple[Tensor, Tenso
     """(is kept, place in `values`) for each place."""
     blocks, pairs = plans.shape[:2]
     masks = plans[..., :64].reshape(blocks, pairs, 32, 2).transpose(2, 3).reshape(blocks, 2 * pairs, 32, 1)
-    bits = masks >> torch.arange(32, dtype=torch.int32, device=plans.device) & 1
+    bits = masks >> _bits(plans.device) & 1
     kept = bits.bool().reshape(blocks, 2 * pairs, 32, 2, CHAIN).transpose(2, 3)
     return kept, _slots(kept, plans[..., 64:66].flatten(1), offsets, splits)
 
@@ -235,35 +244,56 @@ def launch(
     x: Tensor, values: Tensor, plans: Tensor, offsets: Tensor, order: Tensor, bias: Tensor | None, rows: int, columns: int,
     splits: int, activation: str, config: str,
 ) -> Tensor:  # fmt: skip
-    """Runs the kernel with the tiles of `config`, the best guess where it is empty; the reference on the CPU."""
+    """Runs the kernel with the program of `config`, the best guess where it is empty; the reference on the CPU."""
     check_linear("bitmap_linear", x, (rows, columns), values.dtype, bias, activation)
     if not x.is_cuda:
         return reference(x, values, plans, offsets, order, bias, rows, columns, splits, activation, config)
     x2, width = x.reshape(-1, columns), 2 * STEP * plans.shape[1]
-    tokens, tiles = x2.shape[0], parse(config or candidates(x2.shape[0])[0], NAMES)["tiles"]
+    tokens, blocks = x2.shape[0], plans.shape[0]
     y = x.new_empty(tokens, rows)
     if y.numel():
-        ordered = tokens > 8
-        if ordered or columns != width or x2.stride(-1) != 1 or x2.stride(0) % 8 or x2.data_ptr() % 16:  # threads read 16 bytes at once
-            x2 = padded(x2, (0, width - columns, 0, -tokens % (8 * tiles) if ordered else 0))
-            x2 = x2.reshape(-1, 8, x2.shape[1] // 32, 32).transpose(1, 2).contiguous() if ordered else x2.contiguous()
+        if columns != width or x2.stride(-1) != 1 or x2.stride(0) % 8 or x2.data_ptr() % 16:  # threads read 16 bytes at once
+            x2 = padded(x2, (0, width - columns)).contiguous()
+        program = parse(config or candidates(blocks, splits, tokens, x.device)[0], NAMES)
+        tiles, groups = program["tiles"], program["groups"]
+        threads = 32 * splits * groups
         constants = {
-            "TILES": tiles, "ORDERED": int(ordered), "BF16": int(x.dtype == torch.bfloat16), "BIAS": int(bias is not None),
+            "TILES": tiles, "GROUPS": groups, "THREADS": threads, "BF16": int(x.dtype == torch.bfloat16), "BIAS": int(bias is not None),
             "ACTIVATION": list(ACTIVATIONS).index(activation), "CHUNK": CHUNK, "RING": RING, "AHEAD": AHEAD,
         }  # fmt: skip
-        shared = splits * max(WARP_BYTES, 16 * 8 * tiles * 4)
-        kernel = nvrtc.function(SOURCE, "bitmap_linear", constants, shared, x.device)
-        grid = (plans.shape[0], -(-tokens // (8 * tiles)), 1)
+        kernel = nvrtc.function(SOURCE, "bitmap_linear", constants, shared_bytes(splits, tiles, groups), x.device)
         bias = y if bias is None else bias.to(x.dtype)
+        given = (x2, plans, values, offsets, order, bias, y, tokens, rows, x2.stride(0), plans.shape[1], blocks)
         with torch.cuda.device(x.device):
-            kernel(grid, 32 * splits, (x2, plans, values, offsets, order, bias, y, tokens, rows, width, x2.stride(0), plans.shape[1], 1))
+            kernel((-(-blocks // groups), -(-tokens // (8 * tiles)), 1), threads, given)
     return y.reshape(*x.shape[:-1], rows)
 
 
-def candidates(tokens: int) -> list[str]:
-    """Tiles worth timing, the best guess first."""
-    whole = min(8, 1 << max(0, -(-tokens // 8) - 1).bit_length())
-    return [config(tiles=tiles) for tiles in dict.fromkeys([whole, max(1, whole // 2)])]
+def shared_bytes(splits: int, tiles: int, groups: int) -> int:
+    """Of shared memory that a program takes."""
+    return splits * (groups * WARP_BYTES + tiles * TILE_BYTES)
+
+
+def candidates(blocks: int, splits: int, tokens: int, device: torch.device) -> list[str]:
+    """Programs worth timing, the best guess first: as many blocks in one as spread evenly over the device, or half of them, or one."""
+    even = -(-blocks // _processors(device))
+    sizes = [even, -(-even // 2), 1] if splits > 1 else [-(-even // 2), even, 1]
+    whole = min(MAX_TILES, 1 << max(0, -(-tokens // 8) - 1).bit_length())
+    made = []
+    for tiles in dict.fromkeys([whole, max(1, whole // 2), 1]):
+        room = _shared_memory(device) // splits - tiles * TILE_BYTES
+        most = min(MAX_WARPS // splits, room // WARP_BYTES)
+        made += [config(tiles=tiles, groups=groups) for groups in dict.fromkeys(min(size, most) for size in sizes) if groups]
+    return made[: 2 * len(sizes)]
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; elsewhere what large GPUs have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
 
 
 op = define("bitmap_linear", reference, launch, expand, gather)
@@ -276,8 +306,8 @@ def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, activation: st
 
 
 def configs(packed: Bitmap, tokens: int) -> list[str]:
-    """Tiles worth timing, the best guess first."""
-    return candidates(tokens)
+    """Programs worth timing, the best guess first."""
+    return candidates(packed.plans.shape[0], packed.splits, tokens, packed.values.device)
 
 
 KERNEL = Kernel("bitmap", op, pack, unpack, linear, reference, configs, accepts, most_tokens=MAX_TOKENS)

@@ -3,7 +3,7 @@
 A parameter of an early convolution is used at every place of a large map, one of a classifier once. So under a budget that asks for
 parameters or bytes alone, groups with few MACs per parameter lose less, and the others, all alike, so much more. How much less follows one
 curve, `pace = min(1, MACs per parameter / ceiling) ** steepness`; of all ceilings and steepnesses the one that leaves the fewest MACs is
-taken, where accuracy does not pay more for it than for the MACs themselves: no group loses more than `UNEVEN` times what an even spread
+taken, where accuracy does not pay more for it than for the MACs themselves: no group loses more than `Local.uneven` times what an even spread
 would take, and the mean square of what groups lose, `harm`, is at most `HARM` times that of an even spread cut on to as few MACs. A spread
 that saves less than `WORTH` of the MACs is not worth it: all lose alike, as in networks of linear layers.
 
@@ -34,7 +34,6 @@ FINALISTS = 6  # are filled up to the budget and compared
 STEEPNESSES = (0.25, 0.5, 1, 4)  # from gradual to nearly a threshold
 POINTS = 48  # of the even spread, from the budget down: harm by MACs
 HARM = 1.1  # times that of an even spread with as few MACs; equal but for whole blocks of channels
-UNEVEN = 1.5  # times the loss of an even spread
 WORTH = 0.1  # of the MACs
 
 _SLACK = 1e-9
@@ -45,13 +44,13 @@ def fastest(
 ) -> tuple[list[Candidate], str]:
     """The candidates with the pace at which each loses, and one line that says so; unchanged where something else decides.
 
-    Something else decides where the budget names MACs, where the scope lets groups compete, and where a recipe paces them.
+    Something else decides where the budget names MACs, where the scope lets groups compete or lose alike, and where a recipe paces them.
 
     Raises:
         BudgetNotMet: the smallest network that the candidates allow costs more.
     """
     given = list(candidates)
-    if not budget or "macs" in budget or not isinstance(scope, Local) or any(c.pace != 1.0 for c in given):
+    if not budget or "macs" in budget or not isinstance(scope, Local) or scope.uneven == 1 or any(c.pace != 1.0 for c in given):
         return given, ""
     model = CostModel(analysis)
     limits, price = limits_of(budget, model.cost({})), unit_cost(model)
@@ -63,7 +62,7 @@ def fastest(
     sliced = np.array([not isinstance(c.group.atom, Branch) for c in given])
     if not count or not density[sliced].any():
         return given, ""
-    bound = UNEVEN * even[count - 1].turn + _SLACK
+    bound = scope.uneven * even[count - 1].turn + _SLACK
     deeper = np.unique(np.linspace(count, len(even), POINTS).astype(int))[::-1]
     fewer, harms = [model.cost(even.kept(n)).macs for n in deeper], [harm(given, even.counts(n)) for n in deeper]
     found = density[sliced & (density > 0)]
