@@ -10,6 +10,7 @@ from graphprune.allocation import Local, block_of, spread, whole_blocks
 from graphprune.api import apply, plan
 from graphprune.capture.torch_export import capture_torch
 from graphprune.costs import cost
+from graphprune.errors import InvalidInput
 from graphprune.planning import make_plan
 from graphprune.program import Program
 from graphprune.surgery import Cut
@@ -58,19 +59,25 @@ def test_what_is_poor_in_macs_loses_less_and_the_network_is_faster_for_it(name: 
     assert deepest <= Local().uneven * alike + 1e-6
 
 
-def test_a_spread_harms_no_more_than_as_few_macs_would_cost_an_even_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tapered()
+def test_the_bound_of_a_spread_buys_speed() -> None:
+    program, budget = tapered(), {"params": "80%"}
 
-    def harm_of(budget: dict[str, object]) -> tuple[float, float]:
-        plan = make_plan(program, budget=budget, round_to=1)
-        squares = [(len(e.removed) / e.size) ** 2 for e in plan.entries.values()]
-        return sum(squares), cost(program, Cut(program.analysis, plan.removed)).macs
+    def deepest_and_macs(uneven: float) -> tuple[float, float]:
+        plan = make_plan(program, budget=budget, round_to=1, scope=Local(uneven=uneven))
+        return max(len(e.removed) / e.size for e in plan.entries.values()), cost(program, Cut(program.analysis, plan.removed)).macs
 
-    found, macs = harm_of({"params": "70%"})
-    even, _ = harm_of({"macs": macs})
-    assert found <= spread.HARM * even * 1.02
-    monkeypatch.setattr(spread, "HARM", 0.0)
-    assert harm_of({"params": "70%"})[1] > 1.1 * macs  # no spread is harmless
+    (alike, _), *spreads = found = [deepest_and_macs(uneven) for uneven in (1, 1.5, 2, 3, float("inf"))]
+    assert all(deepest <= uneven * alike + 0.01 for (deepest, _), uneven in zip(spreads, (1.5, 2, 3)))
+    macs = [it for _, it in found]
+    assert macs == sorted(macs, reverse=True) and macs[2] < 0.9 * macs[0] and macs[-1] < 0.9 * macs[2]
+    assert spreads[-1][0] > 2 * alike
+    assert lost(program, budget, scope=Local()) == lost(program, budget)
+
+
+@pytest.mark.parametrize("uneven", [0.9, 0, -1, float("nan"), "2", None, True])
+def test_a_bound_below_an_even_cut_is_refused(uneven: object) -> None:
+    with pytest.raises(InvalidInput, match="from 1 to inf"):
+        Local(uneven=uneven)  # type: ignore[arg-type]
 
 
 def test_a_network_of_linear_layers_loses_alike() -> None:

@@ -68,7 +68,7 @@ class Local:
 
     def __post_init__(self) -> None:
         if isinstance(self.uneven, bool) or not isinstance(self.uneven, (int, float)) or not self.uneven >= 1:
-            raise InvalidInput(f"uneven is a number from 1 (every group alike) to inf (no bound), found {self.uneven!r}")
+            raise InvalidInput(f"uneven is a number from 1 to inf: 1 is every group alike, inf no bound; found {self.uneven!r}")
 
     def rivals(self, group: Group) -> Any:
         return group.name

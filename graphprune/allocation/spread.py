@@ -3,9 +3,8 @@
 A parameter of an early convolution is used at every place of a large map, one of a classifier once. So under a budget that asks for
 parameters or bytes alone, groups with few MACs per parameter lose less, and the others, all alike, so much more. How much less follows one
 curve, `pace = min(1, MACs per parameter / ceiling) ** steepness`; of all ceilings and steepnesses the one that leaves the fewest MACs is
-taken, where accuracy does not pay more for it than for the MACs themselves: no group loses more than `Local.uneven` times what an even spread
-would take, and the mean square of what groups lose, `harm`, is at most `HARM` times that of an even spread cut on to as few MACs. A spread
-that saves less than `WORTH` of the MACs is not worth it: all lose alike, as in networks of linear layers.
+taken under which no group loses more than `Local.uneven` times what an even spread would take: accuracy pays for what groups lose, and more
+than in proportion. A spread that saves less than `WORTH` of the MACs is not worth it: all lose alike, as in networks of linear layers.
 
 Convolutions on a CPU work on blocks of channels, in PyTorch and in ONNX Runtime: 40 channels take as long as 48 where a vector holds 16
 numbers. Widths between blocks cost weights and save no time, so a budget does not stop there.
@@ -32,8 +31,6 @@ from graphprune.units import Group
 CEILINGS = 24  # tried, evenly spaced in the logarithm
 FINALISTS = 6  # are filled up to the budget and compared
 STEEPNESSES = (0.25, 0.5, 1, 4)  # from gradual to nearly a threshold
-POINTS = 48  # of the even spread, from the budget down: harm by MACs
-HARM = 1.1  # times that of an even spread with as few MACs; equal but for whole blocks of channels
 WORTH = 0.1  # of the MACs
 
 _SLACK = 1e-9
@@ -63,8 +60,6 @@ def fastest(
     if not count or not density[sliced].any():
         return given, ""
     bound = scope.uneven * even[count - 1].turn + _SLACK
-    deeper = np.unique(np.linspace(count, len(even), POINTS).astype(int))[::-1]
-    fewer, harms = [model.cost(even.kept(n)).macs for n in deeper], [harm(given, even.counts(n)) for n in deeper]
     found = density[sliced & (density > 0)]
     spreads: list[tuple[float, float, Steps]] = []  # MACs left, ceiling
     for ceiling in np.geomspace(found.min(), found.max(), CEILINGS):
@@ -72,9 +67,8 @@ def fastest(
             pace = np.where(sliced, np.minimum(1.0, density / ceiling) ** steepness, 1.0)
             steps = Steps(analysis, [replace(c, pace=max(float(p), _SLACK)) for c, p in zip(given, pace)], scope, price)
             count = shortest(model, steps, limits)
-            macs = model.cost(steps.kept(count)).macs
-            if steps[count - 1].turn <= bound and harm(given, steps.counts(count)) <= HARM * np.interp(macs, fewer, harms):
-                spreads.append((macs, float(ceiling), steps))
+            if steps[count - 1].turn <= bound:
+                spreads.append((model.cost(steps.kept(count)).macs, float(ceiling), steps))
 
     def filled(steps: Steps) -> int:
         return model.cost(kept_of(given, within(model, steps, limits))).macs
@@ -86,11 +80,6 @@ def fastest(
         return list(candidates), "every group alike"
     least = f"those with fewer than {ceiling:.0f} MACs per parameter"
     return list(steps.candidates), f"{slow} of {len(given)} groups lose less than the others, {least}, for speed"
-
-
-def harm(candidates: Sequence[Candidate], counts: Sequence[int]) -> float:
-    """Mean square of the fractions that groups lose: a group that loses twice as much hurts four times as much."""
-    return float(np.mean([(count / c.group.size) ** 2 for c, count in zip(candidates, counts)]))
 
 
 def block_of(program: Program) -> int:
