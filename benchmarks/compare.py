@@ -5,10 +5,12 @@
     python -m benchmarks.compare --show                 the tables of what was measured before, and what they come to
 
 Torch-Pruning and onnxsim are asked for half of every group, their usual call. Ours is cut twice, to the parameters that each of them left, so
-that latencies compare at equal size; a third time to its own half. Every tool runs in a process of its own, which gives its seconds (`all`
+that latencies compare at equal size; a third time to its own half. onnxsim leaves some layers whole and halves others: at its size ours is cut
+once more, with groups that may lose UNEVEN times what an even cut takes, where 1.5 times is the default. Every tool runs in a process of its own, which gives its seconds (`all`
 with the network made and the file written) and its peak memory; then all files run in turns in one process, on one thread. Latency is the
 median, speed-up the median of the ratios of neighbouring runs. `sibling` is a smaller network of the same family, as it comes; EfficientNet-B0
-and DenseNet-121 are the smallest of theirs. What is done lies in `results/compare.jsonl`, a line for each network, and is not done again.
+and DenseNet-121 are the smallest of theirs. `drift` of a file is what its cut did to its outputs before any training: the norm of the difference
+over that of what the dense file gives, of the output where it is largest; the median over DRAWS inputs, the example's and noise. What is done lies in `results/compare.jsonl`, a line for each network, and is not done again.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
@@ -45,6 +48,8 @@ RATIO = 0.5
 SECONDS = 4.0  # of measurement, all files of a network together
 PATIENCE = 900.0  # seconds, for one tool
 RESULTS = Path(__file__).parent.parent / "results" / "compare.jsonl"
+UNEVEN = 4.0  # bound of the second cut at onnxsim's size
+DRAWS = 6  # inputs of a file on which drift is measured
 ALIKE = 1.03  # at equal parameters left, ours may take so many times what the best of the others does
 
 
@@ -80,12 +85,15 @@ def sibling(source: str, out: Path, asked: str) -> float:
 
 
 def ours(source: str, out: Path, asked: str) -> float:
-    """asked: a fraction of units to remove, or "params=N" to keep."""
+    """asked: a fraction of units to remove, or "params=N" to keep, or "params=N uneven=X"."""
     import graphprune as gp
+    from graphprune.allocation import Local
     from graphprune.units import DEFAULT_UNITS
 
-    kept = asked.removeprefix("params=")
+    kept, _, uneven = asked.removeprefix("params=").partition(" uneven=")
     arguments: dict[str, Any] = {"pruning_ratio": float(asked)} if kept == asked else {"budget": {"params": int(kept)}}
+    if uneven:
+        arguments["scope"] = Local(uneven=float(uneven))
     if Path(source).suffix == ".onnx":
         start = time.perf_counter()
         gp.compile(source, **arguments).save(out)
@@ -169,18 +177,25 @@ def size(path: Path) -> dict[str, float]:
     return {"params": cost.params, "macs": cost.macs}
 
 
-def runs(path: Path, inputs: Mapping[str, Any]) -> Callable[[], Any]:
-    """A call of a file that was made once, so that it is known to work."""
+def runs(path: Path, inputs: Mapping[str, Any]) -> Callable[..., Any]:
+    """A call of a file, with these inputs or with others, that was made once, so that it is known to work."""
     from graphprune.backends.onnxruntime import open_session
 
     session = open_session(str(path))
-    feeds = dict(inputs) or {session.get_inputs()[0].name: network("resnet18")[1].numpy()}
+    usual = dict(inputs) or {session.get_inputs()[0].name: network("resnet18")[1].numpy()}
 
-    def call() -> Any:
+    def call(feeds: Mapping[str, Any] = usual) -> Any:
         return session.run(None, feeds)
 
     call()
     return call
+
+
+def drift(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """How far outputs are from those of the dense file, relative to these; of the output that is farthest."""
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True)]
+    floats = [(a, b) for a, b in pairs if b.dtype.kind == "f"]
+    return max((float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)) for a, b in floats), default=0.0)
 
 
 def arms_of(source: str) -> dict[str, tuple[str, str]]:
@@ -197,13 +212,15 @@ def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
     """One network by all tools: a line of the results."""
     on_file = Path(source).suffix == ".onnx"
     found: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[], Any]] = {}
-    inputs: dict[str, Any] = {}
+    calls: dict[str, Callable[..., Any]] = {}
+    draws: list[dict[str, Any]] = [{}]
     if on_file:
         import graphprune as gp
+        from graphprune.calibration.batches import noise
 
         program = gp.capture(source)
-        inputs = {value.name: x.numpy() for value, x in zip(program.inputs, program.example_inputs)}
+        names = [value.name for value in program.inputs]
+        draws = [dict(zip(names, (x.numpy() for x in xs))) for xs in (program.example_inputs, *noise(program, DRAWS - 1))]
 
     def run(arm: str, by: str, asked: str) -> None:
         path = folder / f"{arm.replace(' ', '_').replace('=', '_')}.onnx"
@@ -214,7 +231,7 @@ def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
         if "why" not in found[arm]:
             try:
                 found[arm] |= size(path)
-                calls[arm] = runs(path, inputs)
+                calls[arm] = runs(path, draws[0])
             except Exception as error:  # another tool's file may be anything
                 found[arm]["why"] = f"its file does not run: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"[:160]
 
@@ -223,15 +240,21 @@ def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
     for rival in ("onnxsim", "Torch-Pruning"):
         if rival in calls and found[rival]["params"] < found["dense"]["params"]:
             run(f"ours = {rival}", "ours", f"params={found[rival]['params']}")
+    if "ours = onnxsim" in found:
+        run(f"ours = onnxsim, uneven {UNEVEN:g}", "ours", f"params={found['onnxsim']['params']} uneven={UNEVEN:g}")
     from graphprune.measure import interleaved
 
     if "dense" in calls:
         times = {arm: stats.times for arm, stats in interleaved(calls, warmup=2, repeats=9, seconds=SECONDS).items()}
         for arm, own in times.items():
             found[arm] |= {"ms": median(own), "speedup": median(a / b for a, b in zip(times["dense"], own))}
-            rival = arm.removeprefix("ours = ")
+            rival = arm.removeprefix("ours = ").partition(",")[0]
             if rival != arm:
                 found[arm]["of_rival"] = median(a / b for a, b in zip(own, times[rival]))
+        if on_file:
+            whole = [calls["dense"](draw) for draw in draws]
+            for arm, call in calls.items():
+                found[arm]["drift"] = median(drift(call(draw), y) for draw, y in zip(draws, whole))
     versions = {it: version(it) for it in ("torch", "onnxruntime", "onnxsim", "torch-pruning")}
     return {"name": name, "kind": "file" if on_file else "network", "ratio": RATIO, "arms": found, "device": device(), "versions": versions}
 
@@ -246,7 +269,8 @@ def device() -> str:
 
 
 HEADER = (
-    f"{'network':18} {'tool':20} {'params M':>8} {'left':>6} {'MACs':>6} {'tool s':>7} {'all s':>6} {'peak MB':>7} {'ms':>8} {'speed-up':>8} {'/rival':>6}"
+    f"{'network':18} {'tool':24} {'params M':>8} {'left':>6} {'MACs':>6} {'tool s':>7} {'all s':>6} {'peak MB':>7} {'ms':>8} {'speed-up':>8} {'/rival':>6} "
+    f"{'drift':>9}"
 )
 
 
@@ -255,12 +279,13 @@ def rows(line: Mapping[str, Any]) -> Iterable[str]:
     whole = line["arms"]["dense"]
     for arm, it in line["arms"].items():
         if "why" in it or "ms" not in it:
-            yield f"{line['name']:18} {arm:20} {it.get('why', 'not timed: the dense network does not run')}"
+            yield f"{line['name']:18} {arm:24} {it.get('why', 'not timed: the dense network does not run')}"
             continue
         cost = f"{it['seconds']:7.1f} {it['all_seconds']:6.1f} {it['peak_mb']:7.0f}" if "seconds" in it else f"{'':22}"
         left = f"{it['params'] / 1e6:8.3f} {it['params'] / whole['params']:6.3f} {it['macs'] / max(whole['macs'], 1):6.3f}"
-        rival = f" {it['of_rival']:6.2f}" if "of_rival" in it else ""
-        yield f"{line['name']:18} {arm:20} {left} {cost} {it['ms']:8.2f} {it['speedup']:7.2f}x{rival}"
+        rival = f" {it['of_rival']:6.2f}" if "of_rival" in it else f" {'':6}"
+        far = f" {it['drift']:9.3g}" if "drift" in it and it is not whole else ""
+        yield f"{line['name']:18} {arm:24} {left} {cost} {it['ms']:8.2f} {it['speedup']:7.2f}x{rival}{far}".rstrip()
 
 
 def summary(lines: Iterable[Mapping[str, Any]]) -> Iterable[str]:
@@ -270,11 +295,17 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     mine = [(name, arm, it["speedup"]) for name, arm, it in cells if arm.startswith("ours") and "speedup" in it]
     slow = [f"{name} ({arm}) {x:.2f}x" for name, arm, x in mine if x < 1]
     yield f"ours is as fast as dense or faster in {len(mine) - len(slow)} of {len(mine)} cuts" + "".join(f"; {it}" for it in slow)
-    equal = [(name, arm, it["of_rival"]) for name, arm, it in cells if "of_rival" in it]
-    behind = [f"{name} ({arm}) {x:.2f}" for name, arm, x in equal if x > ALIKE]
-    yield f"at equal parameters within {ALIKE - 1:.0%} of the rival's time or better in {len(equal) - len(behind)} of {len(equal)}" + "".join(
-        f"; {it}" for it in behind
-    )
+    for loose, what in ((False, "at equal parameters"), (True, f"where groups may lose {UNEVEN:g} times what an even cut takes")):
+        equal = [(name, arm, it["of_rival"]) for name, arm, it in cells if "of_rival" in it and ("uneven" in arm) == loose]
+        behind = [f"{name} ({arm}) {x:.2f}" for name, arm, x in equal if x > ALIKE]
+        yield f"{what}, within {ALIKE - 1:.0%} of the rival's time or better in {len(equal) - len(behind)} of {len(equal)}" + "".join(
+            f"; {it}" for it in behind
+        )
+        theirs = {line["name"]: line["arms"]["onnxsim"]["drift"] for line in lines if "drift" in line["arms"].get("onnxsim", {})}
+        drifts = [(name, it["drift"]) for name, arm, it in cells if "drift" in it and "= onnxsim" in arm and ("uneven" in arm) == loose]
+        farther = [f"{name} {x:.3g} ({theirs[name]:.3g})" for name, x in drifts if x > theirs[name]]
+        if drifts:
+            yield f"  drift no larger than onnxsim's in {len(drifts) - len(farther)} of {len(drifts)}" + "".join(f"; {it}" for it in farther)
     both = [(x["ours"], x["onnxsim"]) for x in (line["arms"] for line in lines) if all("ms" in x.get(it, {}) for it in ("ours", "onnxsim"))]
     if both:
         share = [b["params"] / a["params"] for a, b in both]
