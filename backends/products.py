@@ -24,7 +24,7 @@ from graphprune.backends.kernels import KERNELS, block_sparse, block_sparse_conv
 from graphprune.backends.kernels.base import ACTIVATIONS, EXPAND, Kernel, Packed
 
 FORMATS: Mapping[str, Kernel] = {**KERNELS, library.KERNEL.name: library.KERNEL}
-TOKENS = (1, 8, 32, 2048)  # where it is decided: one sequence and two sizes of batch that decode, and prefill
+TOKENS = (1, 8, 16, 32, 2048)  # where it is decided: one sequence and three sizes of batch that decode, and prefill
 IMAGES = (1, 8, 64)  # the same for convolutions, whose tokens are pixels of their results
 WASTE = 1.1  # blocks may store so many times the weights that are kept
 EACH = "each"  # the path of weights side by side where one product each is faster
