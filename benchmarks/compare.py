@@ -4,13 +4,15 @@
     python -m benchmarks.compare --files [id ...]       real ONNX files (benchmarks.onnx_files): ours and onnxsim
     python -m benchmarks.compare --show                 the tables of what was measured before, and what they come to
 
-Torch-Pruning and onnxsim are asked for half of every group, their usual call. Ours is cut twice, to the parameters that each of them left, so
-that latencies compare at equal size; a third time to its own half. onnxsim leaves some layers whole and halves others: at its size ours is cut
-once more, with groups that may lose UNEVEN times what an even cut takes, where 1.5 times is the default. Every tool runs in a process of its own, which gives its seconds (`all`
-with the network made and the file written) and its peak memory; then all files run in turns in one process, on one thread. Latency is the
-median, speed-up the median of the ratios of neighbouring runs. `sibling` is a smaller network of the same family, as it comes; EfficientNet-B0
-and DenseNet-121 are the smallest of theirs. `drift` of a file is what its cut did to its outputs before any training: the norm of the difference
-over that of what the dense file gives, of the output where it is largest; the median over DRAWS inputs, the example's and noise. What is done lies in `results/compare.jsonl`, a line for each network, and is not done again.
+Torch-Pruning and onnxsim are asked for half of every group, their usual call. Ours is cut twice, to the parameters that each of them left,
+so that latencies compare at equal size; a third time to its own half. onnxsim leaves some layers whole and halves others: at its size ours
+is cut once more, with groups that may lose UNEVEN times what an even cut takes, where 1.5 times is the default. Every tool runs in a
+process of its own, which gives its seconds (`all` with the network made and the file written) and its peak memory; then all files run in
+turns in one process, on one thread. Latency is the median, speed-up the median of the ratios of neighbouring runs. `sibling` is a smaller
+network of the same family, as it comes; EfficientNet-B0 and DenseNet-121 are the smallest of theirs. `drift` of a file is what its cut did
+to its outputs before any training: the norm of the difference over that of what the dense file gives, of the output where it is largest;
+the median over DRAWS inputs, the example's and noise, or drawn lines of text where a file reads text (in noise there is none: a detector's
+output is zero). What is done lies in `results/compare.jsonl`, a line for each network, and is not done again.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ PATIENCE = 900.0  # seconds, for one tool
 RESULTS = Path(__file__).parent.parent / "results" / "compare.jsonl"
 UNEVEN = 4.0  # bound of the second cut at onnxsim's size
 DRAWS = 6  # inputs of a file on which drift is measured
+LINES = {"ppocr-cls": (1, 192), "ppocr4-det": (2, 320), "ppocr4-rec": (1, 320)}  # of text in one input, cut to so many columns
 ALIKE = 1.03  # at equal parameters left, ours may take so many times what the best of the others does
 
 
@@ -191,6 +194,19 @@ def runs(path: Path, inputs: Mapping[str, Any]) -> Callable[..., Any]:
     return call
 
 
+def draws_of(name: str, program: Any) -> list[dict[str, Any]]:
+    """Inputs on which the drift of a file is measured."""
+    from graphprune.calibration.batches import noise
+    from graphprune.demo import drawn
+
+    names = [value.name for value in program.inputs]
+    if name in LINES:
+        count, width = LINES[name]
+        images = [image for _, image in drawn(count * DRAWS, seed=3)]
+        return [{names[0]: np.concatenate(images[i::DRAWS], axis=2)[..., :width]} for i in range(DRAWS)]
+    return [dict(zip(names, (x.numpy() for x in xs))) for xs in (program.example_inputs, *noise(program, DRAWS - 1))]
+
+
 def drift(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     """How far outputs are from those of the dense file, relative to these; of the output that is farthest."""
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True)]
@@ -213,14 +229,14 @@ def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
     on_file = Path(source).suffix == ".onnx"
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[..., Any]] = {}
-    draws: list[dict[str, Any]] = [{}]
+    inputs: dict[str, Any] = {}
+    draws: list[dict[str, Any]] = []
     if on_file:
         import graphprune as gp
-        from graphprune.calibration.batches import noise
 
         program = gp.capture(source)
-        names = [value.name for value in program.inputs]
-        draws = [dict(zip(names, (x.numpy() for x in xs))) for xs in (program.example_inputs, *noise(program, DRAWS - 1))]
+        inputs = {value.name: x.numpy() for value, x in zip(program.inputs, program.example_inputs)}
+        draws = draws_of(name, program)
 
     def run(arm: str, by: str, asked: str) -> None:
         path = folder / f"{arm.replace(' ', '_').replace('=', '_')}.onnx"
@@ -231,7 +247,7 @@ def compare(source: str, name: str, folder: Path) -> dict[str, Any]:
         if "why" not in found[arm]:
             try:
                 found[arm] |= size(path)
-                calls[arm] = runs(path, draws[0])
+                calls[arm] = runs(path, inputs)
             except Exception as error:  # another tool's file may be anything
                 found[arm]["why"] = f"its file does not run: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"[:160]
 

@@ -54,6 +54,18 @@ def test_every_arm_of_a_file_has_its_drift(tapered: Path, tmp_path: Path, monkey
     assert sum(f"{arms['onnxsim']['drift']:.3g}" in row for row in compare.rows(line)) >= 1
 
 
+def test_a_file_that_reads_text_gets_text(tapered: Path) -> None:
+    pytest.importorskip("PIL")
+    import graphprune as gp
+
+    program = gp.capture(str(tapered))
+    (name,) = (value.name for value in program.inputs)
+    drawn, noise = compare.draws_of("ppocr4-det", program), compare.draws_of("tapered", program)
+    assert [it[name].shape for it in drawn] == [(1, 3, 96, 320)] * compare.DRAWS
+    assert all((it[name][:, :, half] < 0).any() for it in drawn for half in (slice(0, 48), slice(48, 96)))  # ink in both lines
+    assert [it[name].shape for it in noise] == [(1, 3, 16, 16)] * compare.DRAWS and not (noise[0][name] == noise[1][name]).all()
+
+
 def test_drift_is_relative_and_of_the_worst_output() -> None:
     whole = [np.array([3.0, 4.0]), np.array([1.0]), np.array([7])]
     assert compare.drift(whole, whole) == 0
