@@ -137,7 +137,7 @@ def make_plan(
     ]
     asks_for_nothing = budget is None and all(not ratio for ratio in ratios.values()) and bool(ratios)
     if not candidates and not asks_for_nothing:
-        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps, str(widths) if round_to == "auto" else ""))
     measured = Measured(timed, measure) if timed else None
     spread = ""
     if hasattr(rivals, "search"):
@@ -149,7 +149,7 @@ def make_plan(
             candidates, spread = fastest(analysis, candidates, rivals, budget)
         removed = allocate(analysis, candidates, rivals, sizes or (budget if measured is None else None), measured)
     if not removed and budget is None and not asks_for_nothing:
-        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps))
+        raise NothingToPrune(_why(analysis, kinds, left_out, wanted, spared, steps, str(widths) if round_to == "auto" else ""))
     rounding = f"multiples of {round_to}, as asked" if round_to != "auto" else str(widths)
     if block > 1:
         rounding += f"; of {block} for convolutions under a budget"
@@ -258,8 +258,9 @@ def _why(
     wanted: set[str] | None,
     spared: set[str],
     steps: Mapping[str, list[int]],
+    auto: str,
 ) -> str:
-    """Why nothing can go: what the filters left, and what froze the rest."""
+    """Why nothing can go: what the filters left, what `auto` widths keep, and what froze the rest."""
     groups = analysis.groups
     parts = []
     if groups:
@@ -276,6 +277,8 @@ def _why(
             parts.append(f"of those that units allows: {MADE_BY_CONSTANTS}")
         elif steps:
             parts.append("ratio, round_to and min_keep leave no unit to remove in any of them")
+            if auto:
+                parts.append(f'round_to="auto" keeps {auto}; round_to=1 keeps any number')
     frozen = Counter(why.reason.value for _, _, why in analysis.frozen_axes())
     if frozen and not steps:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in frozen.most_common(3))
