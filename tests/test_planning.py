@@ -203,7 +203,7 @@ def test_branches_count_towards_a_budget():
 def test_auto_keeps_multiples_of_eight_of_wide_layers(width, ratio, kept):
     program = capture(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
     if kept == width:
-        with pytest.raises(NothingToPrune, match="leave no unit to remove.*multiples of 8.*round_to=1 keeps any number"):
+        with pytest.raises(NothingToPrune, match=r"leave no unit to remove.*multiples of 8.*round_to=1 keeps any number"):
             make_plan(program, pruning_ratio=ratio)
     else:
         (units,) = make_plan(program, pruning_ratio=ratio).removed.values()
