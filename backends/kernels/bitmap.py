@@ -293,7 +293,9 @@ def _processors(device: torch.device) -> int:
 
 def _shared_memory(device: torch.device) -> int:
     """Bytes that one program may have; elsewhere what large GPUs have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stubs lack it
 
 
 op = define("bitmap_linear", reference, launch, expand, gather)
