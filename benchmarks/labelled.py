@@ -344,26 +344,26 @@ def _key(cell: Cell, subject: Subject) -> str:
 # ---- budgets of parameters
 
 
-def spread_rows(subject: Subject, how: str, left: str) -> Iterable[dict[str, Any]]:
-    """At so many parameters: every group alike, then as `compile` does it, then every group alike until as few MACs are left."""
+def spread_rows(subject: Subject, how: str, left: str, uneven: float) -> Iterable[dict[str, Any]]:
+    """At so many parameters: every group alike, then spread within a bound, then every group alike until as few MACs are left."""
     import graphprune as gp
     from graphprune.allocation import Local
     from graphprune.recipes import RECIPES
 
-    def row(what: str, budget: dict[str, Any], even: bool) -> dict[str, Any]:
+    def row(what: str, budget: dict[str, Any], bound: float = 1) -> dict[str, Any]:
         options = {} if how == "magnitude" else {k: getattr(RECIPES[how], v) for k, v in (("importance", "score"), ("repair", "repair"))}
         if options:
             options["calibration_data"] = subject.batches
-        result = gp.compile(subject.program, budget=budget, scope=Local(uneven=1.0) if even else "local", verify=False, progress=False, **options)
+        result = gp.compile(subject.program, budget=budget, scope=Local(uneven=bound), verify=False, progress=False, **options)
         dense, after = result.report.before, result.report.after
         latency = {"dense_ms": dense.latency.median_ms, "ms": after.latency.median_ms} if dense.latency and after.latency else {}
         size = {"params": after.params, "macs": after.macs, "zeros": 0}
         return {"model": subject.name, "recipe": how, "what": what, "errors": subject.errors(result), **size, **latency}
 
-    alike, usual = row(f"{left} alike", {"params": left}, True), row(f"{left} usual", {"params": left}, False)
-    yield from (alike, usual)
-    if usual["macs"] < 0.98 * alike["macs"]:
-        yield row("its MACs", {"macs": usual["macs"] + 1}, True)
+    alike, spread = row(f"{left} alike", {"params": left}), row(f"{left} up to {uneven:g}", {"params": left}, uneven)
+    yield from (alike, spread)
+    if spread["macs"] < 0.98 * alike["macs"]:
+        yield row("its MACs", {"macs": spread["macs"] + 1})
 
 
 # ---- reading them
@@ -397,6 +397,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/labelled.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="a few samples")
     parser.add_argument("--spread", action="store_true", help="what a budget of parameters costs where groups do not lose alike; keeps no results")
+    parser.add_argument("--uneven", type=float, default=1.5, help="with --spread: the bound, see graphprune.allocation.Local")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     rows, add = recorded(options.results, line)
@@ -407,7 +408,7 @@ def main() -> None:
         print(HEAD, flush=True)
         for how in options.recipes or ("obspa", "magnitude"):  # score and repair of a recipe; by itself it cuts every group alike
             for left in ("80%", "60%"):
-                for row in spread_rows(subject, how, left):
+                for row in spread_rows(subject, how, left, options.uneven):
                     print(line(row), flush=True)
     if options.spread:
         return
