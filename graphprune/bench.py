@@ -18,7 +18,7 @@ from graphprune.errors import InvalidInput
 from graphprune.files import PathLike
 from graphprune.measure import interleaved, threads
 from graphprune.report import Latency, tables
-from graphprune.widths import MULTIPLES, poor, smallest, worth_it
+from graphprune.widths import MULTIPLES, best_multiple, poor, worth_it
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ class WidthTable:
             for it in self.rows
         ]  # fmt: skip
         table = tables.grid(("by", "layers", *map(str, MULTIPLES), "auto"), cells)
-        how = f"how much slower than the fastest are widths rounded up to multiples of 1 to 64, on {self.device}; auto: within 3 %"
+        how = (
+            f"how much slower than the fastest are widths rounded up to multiples of 1 to 64, on {self.device};\n"
+            "auto: of those that cost no more than the smallest within 3 %, the coarsest"
+        )
         slow = [
             f"{it['backend']} {it['dtype']}, {it['layers']} {it['size']}: {', '.join(map(str, it['not']))}" for it in self.rows if it["not"]
         ]  # fmt: skip
@@ -134,7 +137,7 @@ def widths(device: str) -> WidthTable:
         table = measured(backend, dtype, device, again=True)
         by_layers = (("linear", table.linear, table.linear_eighths), ("conv", table.convolution, table.convolution_eighths))
         for layers, size, costs, eighths in ((it, *row, times) for it, found, parts in by_layers for row, (_, times) in zip(found, parts)):
-            rounded = {"costs": [round(it, 4) for it in costs], "multiple": smallest(costs)}
+            rounded = {"costs": [round(it, 4) for it in costs], "multiple": best_multiple(costs)}
             paying = {"eighths": [round(it, 4) for it in eighths], "not": poor(size, worth_it(eighths))}
             rows.append({"backend": backend, "dtype": NAMES[dtype], "layers": layers, "size": size, **rounded, **paying})
     return WidthTable(device_name(device), tuple(rows))

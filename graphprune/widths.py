@@ -2,8 +2,9 @@
 
 A plan that keeps multiples of m instead of single units keeps up to m - 1 units more. That pays where the device runs the width asked for
 slower than the larger one. So a multiple is judged by the time of the widths that it leads to: those of `samples` networks cut to awkward
-widths, each rounded up to the multiple. The smallest multiple within `TOLERANCE` of the fastest is taken, for each size that was measured;
-a layer follows the size next to its own, for tiles that are a small part of a wide layer are a large one of a narrow layer.
+widths, each rounded up to the multiple. Of the multiples that cost no more than the smallest within `TOLERANCE` of the fastest the coarsest
+is taken, for each size that was measured: units that cost no time are worth keeping. A layer follows the size next to its own, for tiles
+that are a small part of a wide layer are a large one of a narrow layer.
 
 A multiple does not say whether a cut pays at all: libraries have fast kernels for some widths only, and 48 channels can take longer than
 the 64 that they were cut from. So eighths of each size are timed beside the whole. A width is kept only where the eighth that it fits into
@@ -85,7 +86,7 @@ class Widths:
 
         def steps(tables: Sequence[BySize]) -> Steps:
             sizes = sorted({size for table in tables for size, _ in table})
-            return tuple((size, max(smallest(_nearest(table, size)) for table in tables)) for size in sizes)
+            return tuple((size, max(best_multiple(_nearest(table, size)) for table in tables)) for size in sizes)
 
         def paying(tables: Sequence[BySize]) -> Paying:
             sizes = sorted({size for table in tables for size, _ in table})
@@ -179,9 +180,10 @@ def relative_costs(samples: Sequence[Sample]) -> tuple[tuple[int, tuple[float, .
     return tuple(found)
 
 
-def smallest(costs: Sequence[float]) -> int:
-    """The smallest multiple whose cost is within the tolerance of the best."""
-    return next(multiple for multiple, cost in zip(MULTIPLES, costs) if cost <= TOLERANCE * min(costs))
+def best_multiple(costs: Sequence[float]) -> int:
+    """The coarsest multiple that costs no more than the smallest one within the tolerance of the best."""
+    enough = next(cost for cost in costs if cost <= TOLERANCE * min(costs))
+    return max(multiple for multiple, cost in zip(MULTIPLES, costs) if cost <= enough)
 
 
 def relative_eighths(samples: Sequence[Sample]) -> tuple[tuple[int, tuple[float, ...]], ...]:
