@@ -7,9 +7,10 @@
 For each network (random weights, fp16) dense and at ratio 0.3 and 0.5: the certificate of the cut in float64, the module and the ONNX file
 that `result.save` writes (dense by the same path); then, backend by backend, the error against the float64 module, and only then the time:
 dense and pruned in turns, median, launched by a CUDA graph. ONNX Runtime: fused, sizes fixed, I/O binding. It waits for each replay, so
-its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms, `+bias` lets ONNX
-Runtime add biases in the convolution's kernel, `ort_auto` is what `OnnxRuntimeModel` does by itself. Networks are cut and exported, and what is for torch.compile is compiled once, by processes beside each
-other before anything is timed: what is timed finds it in Inductor's cache.
+its times hold that of an empty graph, which is printed first. `+search` after a backend lets cuDNN time its algorithms, `+tune` lets
+torch.compile fold norms and time kernels of its own that hold what follows a product, which takes minutes, `+bias` lets ONNX Runtime add
+biases in the convolution's kernel, `ort_auto` is what `OnnxRuntimeModel` does by itself. Networks are cut and exported, and what is for
+torch.compile is compiled once, by processes beside each other before anything is timed: what is timed finds it in Inductor's cache.
 Rounding "auto" keeps multiples of what this GPU was measured to run well in fp16 by the library at hand, before anything is cut.
 Prediction: sum over nodes of max(bytes / bandwidth, FLOPs / peak), dense over pruned. Share: measured speed-up over predicted. With the
 floor, no node takes less than a kernel in a CUDA graph does, nor do the kernels that a profile finds besides those of the nodes.
@@ -46,10 +47,11 @@ RATIOS = (0.0, 0.3, 0.5)
 PEAKS = {"H200": (4.8e12, 790e12), "H100": (3.35e12, 790e12)}  # bytes/s, dense fp16 FLOP/s
 WRONG = 5e-2  # a backend that is further from the float64 module is not timed
 BACKENDS = (  # by default without extras
-    "compile", "compile+search", "ort", "ort_auto", "ort_nhwc", "ort_nhwc+bias",
+    "compile", "compile+search", "compile+tune", "ort", "ort_auto", "ort_nhwc", "ort_nhwc+bias",
     "ort_nhwc+search+bias", "eager",
 )  # fmt: skip
 PRELOAD = ("torch", "graphprune", "graphprune.planning", "benchmarks.gpu_structured", "torch.onnx", "onnxscript", "transformers", "torch._dynamo")
+TUNED = {"max_autotune": True, "freezing": True}  # options of Inductor
 CONVOLUTIONAL = ("resnet50", "convnext_tiny", "resnet18")
 
 
@@ -241,7 +243,7 @@ class Runner:
 
     def __init__(self, backend: str, device: str) -> None:
         self.backend, *extras = backend.split("+")
-        self.search, self.bias, self.device = "search" in extras, "bias" in extras, device
+        self.search, self.bias, self.tune, self.device = "search" in extras, "bias" in extras, "tune" in extras, device
 
     def open(self, variant: Variant, data: torch.Tensor, file: tuple[Path, dict[str, int]] | None) -> Opened:
         if self.backend == "ort_auto":
@@ -255,7 +257,8 @@ class Runner:
         call = module
         if self.backend == "compile":
             torch._dynamo.config.recompile_limit = 64  # variants are modules of one class; a reset between them would free kernels in use
-            call = torch.compile(module, backend="inductor" if self.device == "cuda" else "aot_eager", dynamic=False)
+            options = TUNED if self.tune else None
+            call = torch.compile(module, backend="inductor" if self.device == "cuda" else "aot_eager", dynamic=False, options=options)
         with torch.no_grad():
             found = first(call(data))
         if self.device == "cpu":
@@ -508,12 +511,12 @@ def apart(call: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(call, *args).result()
 
 
-def warm(variant: Variant, name: str, batch: int, backend: str) -> None:
+def warm(variant: Variant, name: str, batch: int, backend: str, threads: int) -> None:
     """Compile a variant, so that what measures it finds that in Inductor's cache."""
     from torch._inductor import config
 
     torch.set_num_threads(1)
-    config.compile_threads = 3  # of each of several processes
+    config.compile_threads = threads
     Runner(backend, "cuda").open(variant, (NETWORKS | SMOKE)[name].inputs(batch).to("cuda"), None)
     torch.cuda.synchronize()
 
@@ -527,7 +530,7 @@ def parsed(case: str, backends: Sequence[str]) -> tuple[str, int, list[str]]:
 
 def wanted(name: str, backend: str) -> bool:
     """Layouts and algorithms are of convolutions."""
-    return not ("nhwc" in backend or "+" in backend) or name in CONVOLUTIONAL
+    return name in CONVOLUTIONAL or not any(it in backend for it in ("nhwc", "+search", "+bias"))
 
 
 def _on_cpu() -> None:
@@ -544,6 +547,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--json", default="", help="append a line per row")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--compilers", type=int, default=5, help="processes of torch.compile beside each other; what times its kernels wants one")
     parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU")
     options = parser.parse_args()
     start = time.monotonic()
@@ -571,11 +575,12 @@ def main() -> None:
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(64) as waits,
-        ProcessPoolExecutor(options.workers, context, _on_cpu) as pool, ProcessPoolExecutor(5, context) as compilers,
+        ProcessPoolExecutor(options.workers, context, _on_cpu) as pool, ProcessPoolExecutor(options.compilers, context) as compilers,
     ):  # fmt: skip
         cutting: dict[Any, Future[Variant]] = {}
         narrowing: dict[Any, Future[tuple[Path, dict[str, int]]]] = {}
         warming: dict[Any, Future[None]] = {}
+        threads = max(3, options.workers // options.compilers)
 
         def variant(name: str, cut: Cut) -> Future[Variant]:
             widths = int(cut.rounding or 1) if cut.rounding != "auto" else here[cut.library]
@@ -594,7 +599,7 @@ def main() -> None:
         def compiled(name: str, cut: Cut, batch: int, backend: str) -> None:
             before, key = variant(name, cut), (name, variant(name, cut), batch, backend)
             if key not in warming:
-                warming[key] = waits.submit(lambda: compilers.submit(warm, before.result(), name, batch, backend).result())
+                warming[key] = waits.submit(lambda: compilers.submit(warm, before.result(), name, batch, backend, threads).result())
 
         def cuts(name: str, backend: str) -> list[Cut]:
             library = "onnxruntime" if backend.startswith("ort") else "torch"
