@@ -96,7 +96,20 @@ def fuse(model: ir.Model) -> dict[str, int]:
         optimize_for_ort(model)
     passes.InlinePass()(model)
     passes.RemoveUnusedNodesPass()(model)
+    _lengths_of_all_sequences(model.graph)
     return dict(Counter(node.op_type for node in model.graph if _of_onnxruntime(node)))
+
+
+def _lengths_of_all_sequences(graph: ir.Graph) -> None:
+    """onnxscript reads lengths off the positions, of which models often have one row for all sequences; the operator wants one for each."""
+    for node in [it for it in graph if it.op_type == "GroupQueryAttention"]:
+        query, lengths = node.inputs[0], node.inputs[5]
+        if query is None or lengths is None or lengths.is_initializer() or _array(lengths) is not None:
+            continue
+        batch = ir.node("Shape", [query], {"start": 0, "end": 1})
+        repeated = ir.node("Expand", [lengths, batch.outputs[0]])
+        graph.insert_before(node, [batch, repeated])
+        node.replace_input_with(5, repeated.outputs[0])
 
 
 class CausalGroupedAttention(pattern.RewriteRuleClassBase):

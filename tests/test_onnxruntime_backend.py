@@ -375,7 +375,8 @@ def test_fusions_after_the_cut_have_the_heads_of_their_layer(uneven, fixed):
     sizes = {str(axis.value): size for axis, size in zip(shape, (3, 10))} if fixed else None
     found = heads_by_layer(path, sizes)
     decoder = "Llama" in type(module).__name__
-    assert {op for op, _ in found} == {("GroupQueryAttention" if fixed else "MultiHeadAttention") if decoder else "Attention"}
+    expected = ["Attention"] if not decoder else ["GroupQueryAttention"] if fixed else ["GroupQueryAttention", "MultiHeadAttention"]
+    assert len({op for op, _ in found}) == 1 and found[0][0] in expected, "which of two depends on how torch exports a mask of open sizes"
     assert [heads for _, heads in found] == ([4, 8] if decoder else [2, 4])
     for precision, bound in (("float32", 1e-5), ("float16", 1e-2)):
         run = OnnxRuntimeModel(path, fuse=True, sizes=sizes, precision=precision)

@@ -148,14 +148,17 @@ class KnownValues(TorchFunctionMode):
             return func(*pytree.tree_map(value, args), **pytree.tree_map(value, _on_cpu(kwargs)))
 
     def _sizes(self, name: str, given: Any) -> Any:
-        """Known tensors inside a list of numbers are numbers: `interpolate(x, size=(height, width))`."""
-        if name in _INDEXING or not isinstance(given, (list, tuple)):
+        """Known tensors inside a list of numbers are numbers: `interpolate(x, size=(height, width))`, `x[row, column]`."""
+        if not isinstance(given, (list, tuple)) or (name in _INDEXING and not all(map(self._is_number, given))):
             return given
         inner = [self._sizes("", item) for item in given]
-        if name in _SIZES or name in _COUNTS or any(isinstance(item, int) for item in inner):
+        if name in (*_SIZES, *_COUNTS, *_INDEXING) or any(isinstance(item, int) for item in inner):
             with _untraced():
-                inner = [self.known[x].item() if isinstance(x, Tensor) and x.ndim == 0 and x in self.known else x for x in inner]
+                inner = [self.known[x].item() if self._is_number(x) else x for x in inner]
         return type(given)(inner) if type(given) in (list, tuple) else given
+
+    def _is_number(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim == 0 and x.dtype != torch.bool and x in self.known
 
     def _forget(self, written: Any) -> None:
         """Something unknown was written into a tensor: its views are unknown too."""

@@ -19,6 +19,7 @@ from zlib import crc32
 import sympy
 import torch
 from torch import fx, nn
+from torch._decomp import decompositions
 from torch.utils import _pytree as pytree
 
 from graphprune.capture.known_values import KnownValues
@@ -52,7 +53,7 @@ def capture_torch(
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(module, torch.jit.ScriptModule):
         raise InvalidInput("a ScriptModule has no Python source to export; give the nn.Module that it was made from, or its ONNX export")
-    with evaluating(module), torch.no_grad(), _scans(), _settled(), KnownValues(module) as values:
+    with evaluating(module), torch.no_grad(), _scans(), _lstm_states(), _settled(), KnownValues(module) as values:
         try:
             with quiet():
                 exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -65,7 +66,7 @@ def capture_torch(
         for part in exported.graph_module.modules():
             if isinstance(part, fx.GraphModule):
                 _hold_dropouts(part.graph)
-        with torch.no_grad(), _scans():
+        with torch.no_grad(), _scans(), _lstm_states():
             exported = exported.run_decompositions({torch.ops.aten.copy.default: _copied})
         graph_module = _inlined(_unlifted(exported))
         _release_dropouts(graph_module)
@@ -152,6 +153,22 @@ def _settled() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _lstm_states() -> Iterator[None]:
+    """Inside, the last states of an LSTM have as many axes as its first ones; torch 2.11 traces them with one more."""
+    original = decompositions.one_layer_lstm
+
+    def one_layer(inp: Any, hidden: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        out, states = original(inp, hidden, *args, **kwargs)
+        return out, tuple(last.reshape(first.shape) for last, first in zip(states, hidden))
+
+    decompositions.one_layer_lstm = one_layer
+    try:
+        yield
+    finally:
+        decompositions.one_layer_lstm = original
 
 
 def _scans() -> contextlib.AbstractContextManager:
