@@ -194,7 +194,7 @@ _NAMES = (
 )
 
 
-_NO_SIZE = re.compile(r"token|layers$|(^|_)(id|ids|idx|index|seed|version)$|layer_id|window|top_?k")
+_NO_SIZE = re.compile(r"token|layers$|(^|_)(id|ids|idx|index|seed|version)$|layer_id|window|top_?k|kernel|d_conv|chunk_size")
 
 
 def _fit(attribute: str, label: Label) -> int:
