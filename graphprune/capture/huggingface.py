@@ -17,8 +17,14 @@ def is_hugging_face(module: nn.Module) -> bool:
 
 def forward_defaults(module: nn.Module) -> dict[str, Any]:
     """Arguments that make the graph of a forward pass a function of its tensors: no cache object is taken or returned."""
+    if not is_hugging_face(module):
+        return {}
     parameters = inspect.signature(module.forward).parameters
-    return {"use_cache": False} if is_hugging_face(module) and "use_cache" in parameters else {}
+    config: Any = module.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    caches = getattr(text, "use_cache", False) and (text is not config or (hasattr(module, "can_generate") and module.can_generate()))
+    passed_on = caches and any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # language models inside do not show theirs
+    return {"use_cache": False} if "use_cache" in parameters or passed_on else {}
 
 
 def example_kwargs(module: nn.Module) -> dict[str, Any] | None:
@@ -59,6 +65,8 @@ def example_kwargs(module: nn.Module) -> dict[str, Any] | None:
         wanted.append("decoder_input_ids")
     if "pixel_values" in parameters and "input_ids" in parameters and hasattr(config, "vision_config"):
         wanted = ["input_ids", "pixel_values"]
+        if any(name in vars(config) for name in ("image_token_id", "image_token_index")):
+            return None  # the text must hold as many image tokens as the processor puts there
     if not all(name in makers for name in wanted):
         return None
     return {name: makers[name]() for name in dict.fromkeys(wanted)}
