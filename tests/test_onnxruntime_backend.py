@@ -389,6 +389,35 @@ def test_fusions_after_the_cut_have_the_heads_of_their_layer(uneven, fixed):
         assert error < bound
 
 
+def test_every_sequence_of_grouped_attention_gets_a_length(monkeypatch):
+    """As onnxscript fuses it where positions have one row for all sequences."""
+    from onnxscript.rewriter import ort_fusions
+
+    def known(name, *shape, dtype=ir.DataType.FLOAT):
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+    query, key, value = known("query", "batch", 5, 32), known("key", "batch", 5, 16), known("value", "batch", 5, 16)
+    positions = known("positions", 1, 5, dtype=ir.DataType.INT64)
+    last = ir.node("ReduceMax", [positions, ir.Value(name="axes", const_value=ir.tensor(np.array([1]), name="axes"))], {"keepdims": 0})
+    lengths = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
+    total = ir.Value(name="total", const_value=ir.tensor(np.array([5], np.int32), name="total"))
+    inputs = [query, key, value, None, None, lengths.outputs[0], total]
+    attention = ir.node("GroupQueryAttention", inputs, {"num_heads": 4, "kv_num_heads": 2}, domain="com.microsoft", num_outputs=3)
+    out = attention.outputs[0]
+    out.name, out.shape, out.type = "out", ir.Shape(["batch", 5, 32]), ir.TensorType(ir.DataType.FLOAT)
+    constants = [last.inputs[1], total]
+    graph = ir.Graph([query, key, value, positions], [out], nodes=[last, lengths, attention], initializers=constants, opset_imports={"": 18, "com.microsoft": 1})
+    model = ir.Model(graph, ir_version=9)
+    monkeypatch.setattr(ort_fusions, "optimize_for_ort", lambda model: None)
+    assert onnx_tuning.fuse(model) == {"GroupQueryAttention": 1}
+    session = open_session(model)
+    feeds = {name: torch.randn(3, 5, size).numpy() for name, size in (("query", 32), ("key", 16), ("value", 16))}
+    (found,) = session.run(["out"], feeds | {"positions": np.arange(5)[None]})
+    q, k, v = (torch.from_numpy(x).unflatten(-1, (-1, 8)).transpose(1, 2) for x in feeds.values())
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+
+
 def test_fusions_that_move_the_outputs_are_left_out(uneven, monkeypatch, caplog):
     fuse = onnx_tuning.fuse
 
