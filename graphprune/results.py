@@ -97,17 +97,19 @@ def exported(module: nn.Module, source: Any) -> ir.Model:
         wanted = []
         for freedom in FREEDOMS:
             with suppress(InvalidInput):
-                wanted.append(open_shapes(source.module, source.args, source.kwargs, freedom))
+                shapes = open_shapes(source.module, source.args, source.kwargs, freedom)
+                wanted.append(shapes_for(module, shapes, source.args, source.kwargs))
+    args, kwargs = tuple(source.args), dict(source.kwargs)
+    if args and isinstance(args[-1], dict) and not kwargs:
+        args = (*args, {})  # the exporter takes a last dict for the keywords
     for shapes in wanted:
         try:
             with evaluating(module), _exportable_experts(module), quiet_onnxscript():
-                program = torch.onnx.export(
-                    module, source.args, kwargs=dict(source.kwargs), dynamic_shapes=shapes, dynamo=True, verbose=False
-                )
+                program = torch.onnx.export(module, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
             assert program is not None
-            return _with_parameter_names(program.model, module)
+            return _with_parameter_names(_with_input_names(program.model, source), module)
         except Exception as error:  # it raises its own kinds
-            failure = error
+            failure = error.__cause__ or error  # its own text is advice, with the colours of a terminal
     reason, name = str(failure).strip().splitlines()[0], type(module).__name__
     raise CaptureError(f"torch.onnx.export does not take {name}: {reason}; save to a folder instead") from failure
 
@@ -125,6 +127,17 @@ def _exportable_experts(module: nn.Module) -> Iterator[None]:
     finally:
         for config, kind in before:
             config._experts_implementation = kind
+
+
+def _with_input_names(model: ir.Model, source: Any) -> ir.Model:
+    """Inputs are called as in the user's module: an edited graph takes `*args`."""
+    placeholders = [n.name for n in source.graph_module.graph.nodes if n.op == "placeholder"]
+    leaves = torch.utils._pytree.tree_leaves((source.args, source.kwargs))
+    names = [n for n, leaf in zip(placeholders, leaves) if isinstance(leaf, Tensor)]
+    if len(names) == len(model.graph.inputs) and not {*names} & {node_output.name for n in model.graph for node_output in n.outputs}:
+        for value, name in zip(model.graph.inputs, names):
+            value.name = name
+    return model
 
 
 def _with_parameter_names(model: ir.Model, module: nn.Module) -> ir.Model:

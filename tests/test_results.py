@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune as gp
 from graphprune.capture.onnx_file import capture_onnx
-from graphprune.errors import InvalidInput
+from graphprune.errors import CaptureError, InvalidInput
 from graphprune.plan import Plan
 from graphprune.report import Footprint, Report
 from graphprune.results import RECORD, WEIGHTS, _read_shapes, _spelled_shapes, save_result
@@ -122,6 +122,31 @@ def test_edited_graph_comes_back(tmp_path):
     assert result.written.how == "graph" or "graph" in result.written.substitutes.values()
     result.save(tmp_path / "out")
     torch.testing.assert_close(gp.load(tmp_path / "out", Stubborn())(*arguments), result(*arguments))
+
+
+def test_an_edited_graph_is_saved_as_onnx_with_the_names_of_the_user(tmp_path):
+    x, factor = torch.randn(2, 4), {"by": torch.tensor(2.0)}
+    result = gp.compile(Stubborn().eval(), (x, factor), pruning_ratio=0.5, round_to=1)
+    assert result.written.how == "graph"
+    result.save(tmp_path / "out.onnx")
+    session, wide = onnxruntime.InferenceSession(tmp_path / "out.onnx"), torch.randn(5, 4)
+    (y,) = session.run(None, {"x": wide.numpy(), "factor_by": factor["by"].numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), result(wide, factor).detach())
+
+
+def test_why_a_module_is_not_saved_as_onnx(tmp_path):
+    class Distance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 24), nn.Linear(24, 4)
+
+        def forward(self, x):
+            return torch.cdist(self.down(self.up(x).relu()), x)
+
+    result = gp.compile(Distance().eval(), torch.randn(5, 4), pruning_ratio=0.5, round_to=1)
+    with pytest.raises(CaptureError, match="cdist") as caught:
+        result.save(tmp_path / "out.onnx")
+    assert "\x1b" not in str(caught.value)
 
 
 class Steps(nn.Module):

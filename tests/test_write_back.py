@@ -3,7 +3,9 @@ that cannot be.
 """
 
 import copy
+import pickle
 import random
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -194,6 +196,16 @@ def test_fallback_is_a_module_like_the_original() -> None:
         result.module(x, scale=torch.tensor(3.0), double=True)
     with pytest.raises(InvalidInput, match="was captured with the arguments"):
         result.module(x)
+
+
+def test_fallback_is_pickled() -> None:
+    result, _, _, x = hard()
+    before = list(warnings.filters)
+    again = pickle.loads(pickle.dumps(result.module))
+    assert warnings.filters == before
+    scale = torch.tensor(3.0)
+    assert torch.equal(again(x, scale=scale)["out"], result.module(x, scale=scale)["out"])
+    assert not torch.equal(again.train()(x, scale=scale)["out"], again(x, scale=scale)["out"])  # dropout follows the mode
 
 
 def test_fallback_trains() -> None:

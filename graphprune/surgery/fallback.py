@@ -12,8 +12,10 @@ import inspect
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -151,17 +153,17 @@ class EditedGraph(nn.Module):
                     _set(new, "dropout_p", graph.call_function(_when, (graph.get_attr(flag), graph.get_attr(name))))
 
     def _compile(self) -> None:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             code = self._graph.python_code("self")
         scope: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, f"<edited graph of {self.original}>", "exec"), scope)
         self.__dict__["_run"] = scope["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_run"}
+        return {key: value for key, value in self.__dict__.items() if key != "_run"} | {"_graph": _flat(self._graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({**state, "_graph": _built(state["_graph"])})
         self._compile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +191,36 @@ class EditedGraph(nn.Module):
         return f"edited graph of {self.original}, {len(self._graph.nodes)} nodes"
 
 
+@dataclass(frozen=True)
+class _At:
+    """The node at a position, or, with a name, an operator of torch.ops."""
+
+    position: int
+    name: str = ""
+
+
+def _flat(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as pickle takes it: it knows no operators of torch."""
+    at = {node: _At(i) for i, node in enumerate(graph.nodes)}
+
+    def target(found: Any) -> Any:
+        if isinstance(found, torch._ops.HigherOrderOperator):
+            return _At(-1, f"higher_order.{found.name()}")
+        return _At(-1, str(found)) if isinstance(found, torch._ops.OpOverload) else found
+
+    return [(n.op, target(n.target), *fx.node.map_arg((n.args, n.kwargs), at.__getitem__), n.name) for n in graph.nodes]
+
+
+def _built(rows: Sequence[tuple[Any, ...]]) -> fx.Graph:
+    graph, nodes = fx.Graph(), []  # type: fx.Graph, list[fx.Node]
+    for op, target, args, kwargs, name in rows:
+        target = attrgetter(target.name)(torch.ops) if isinstance(target, _At) else target
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: nodes[a.position] if isinstance(a, _At) else a)  # type: ignore[misc]
+        nodes.append(graph.create_node(op, target, args, kwargs, name))
+    graph.set_codegen(fx.graph.CodeGen())
+    return graph
+
+
 def _kind(leaf: Any) -> Any:
     """What an argument must be: any tensor, or this very literal."""
     return "tensor" if isinstance(leaf, torch.Tensor) else leaf
@@ -208,14 +240,6 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 
 def _when(training: bool, p: float) -> float:
     return p if training else 0.0
-
-
-def _quiet() -> Any:
-    import warnings
-
-    guard = warnings.catch_warnings()
-    warnings.simplefilter("ignore")
-    return guard
 
 
 def _set(fx_node: fx.Node, name: str, value: Any) -> None:

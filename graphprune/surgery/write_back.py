@@ -14,6 +14,7 @@ import itertools
 import logging
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,9 @@ def copied(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> nn.Mo
         for held in vars(part).values():
             if isinstance(held, torch.Tensor):
                 memo.setdefault(id(held), held)
-    return copy.deepcopy(module, memo)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch about its own specs in an edited graph
+        return copy.deepcopy(module, memo)
 
 
 class _Search:
