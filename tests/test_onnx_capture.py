@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import graphprune as gp
 from graphprune.capture.onnx_file import capture_onnx
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput
 from graphprune.execute.interpreter import run
@@ -103,6 +104,23 @@ def test_external_weights_are_mapped_and_not_read(tmp_path):
     mapped = program.source.model.graph.initializers["w"].const_value
     assert isinstance(mapped, ir.ExternalTensor)
     assert program.weights["w"].tensor.data_ptr() == mapped.numpy().ctypes.data
+
+
+def test_external_weights_that_are_mapped_are_saved(tmp_path):
+    """Large ones and small ones, cut or not."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v", "c"], ["y"]),
+    ]
+    weights = [weight("w", 4, 96), weight("b", 96), weight("v", 96, 8), weight("c", 8)]
+    model = build(nodes, [info("x", [2, 4])], [info("y", None)], weights)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    result = gp.compile(tmp_path / "m.onnx", pruning_ratio=0.5)
+    assert result.report.before.latency is not None
+    result.save(tmp_path / "out.onnx")
+    saved = {w.name: list(w.dims) for w in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert saved == {"w": [4, 48], "b": [48], "v": [48, 8], "c": [8]}
 
 
 def test_shape_arithmetic_is_folded_where_it_does_not_vary():

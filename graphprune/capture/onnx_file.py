@@ -130,6 +130,15 @@ def _check_present(value: ir.Value, where: Any) -> None:
         end = (tensor.offset or 0) + (tensor.length or 0)
         if end > file.stat().st_size:
             raise InvalidInput(f"{where}: {file} has {file.stat().st_size} bytes, but {value.name!r} ends at {end}; the file is truncated")
+        named = {"shape": tensor.shape, "name": tensor.name or "", "base_dir": tensor.base_dir}
+        value.const_value = _Mapped(tensor.location, tensor.offset, tensor.length, tensor.dtype, **named)  # type: ignore[arg-type]
+
+
+class _Mapped(ir.ExternalTensor):
+    """Its file stays mapped as long as a tensor looks into it: closing a file that torch reads is an error."""
+
+    def release(self) -> None:
+        self._array = self.raw = None
 
 
 def _first_line(error: BaseException) -> str:
