@@ -257,6 +257,7 @@ def test_what_the_user_set_stays() -> None:
     case = TINY["resnet"]()
     module = case.module.to(memory_format=torch.channels_last)
     module.body[0][0].weight.requires_grad_(False)
+    module.body[0][0].weight._no_weight_decay = True
     module.body[1].train()
     seen: list[str] = []
     module.body[2].register_forward_hook(lambda *_: seen.append("hook"))
@@ -267,7 +268,7 @@ def test_what_the_user_set_stays() -> None:
     for old, new in zip(module.modules(), result.module.modules()):
         assert type(old) is type(new) and old.training == new.training
     weight = result.module.body[0][0].weight
-    assert not weight.requires_grad and isinstance(weight, nn.Parameter)
+    assert not weight.requires_grad and isinstance(weight, nn.Parameter) and weight._no_weight_decay
     assert weight.shape != module.body[0][0].weight.shape and weight.is_contiguous(memory_format=torch.channels_last)
 
 

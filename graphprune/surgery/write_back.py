@@ -104,7 +104,8 @@ def copied(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> nn.Mo
     """A copy with some weights replaced wherever they are referred to; all other tensors are shared."""
     memo: dict[int, Any] = {}
     for name, tensor in _tensors(module):
-        memo[id(tensor)] = replacements.get(name, tensor)
+        memo[id(tensor)] = new = replacements.get(name, tensor)
+        vars(new).update(vars(tensor))  # what users write on a parameter, as `_no_weight_decay`
     for part in module.modules():
         for held in vars(part).values():
             if isinstance(held, torch.Tensor):
