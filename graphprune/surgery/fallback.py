@@ -208,7 +208,7 @@ def _flat(graph: fx.Graph) -> list[tuple[Any, ...]]:
             return _At(-1, f"higher_order.{found.name()}")
         return _At(-1, str(found)) if isinstance(found, torch._ops.OpOverload) else found
 
-    return [(n.op, target(n.target), *fx.node.map_arg((n.args, n.kwargs), at.__getitem__), n.name) for n in graph.nodes]
+    return [(n.op, target(n.target), *fx.node.map_arg((n.args, n.kwargs), at.get), n.name) for n in graph.nodes]  # type: ignore[arg-type]
 
 
 def _built(rows: Sequence[tuple[Any, ...]]) -> fx.Graph:
