@@ -1,5 +1,7 @@
 """Networks of transformers as users bring them: language models inside others, and what only runs with a cache."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,3 +56,19 @@ def test_a_kernel_as_long_as_a_group_has_heads_stays() -> None:
     assert (mixer.num_heads, mixer.conv_kernel_size, mixer.chunk_size) == (4, 4, 8)
     cached, plain = (result.module.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=c) for c in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen2Config"])
+def test_heads_that_do_not_divide_the_width_are_saved(name: str, tmp_path: Path) -> None:
+    """Such a Llama is one that its config class refuses to describe, so `from_pretrained` refuses as well."""
+    config = getattr(transformers, name)(**{**_TEXT, "hidden_size": 64, "num_attention_heads": 8}, num_key_value_heads=4)
+    with seeded(0):
+        module, ids = randomise(transformers.AutoModelForCausalLM.from_config(config), 0), torch.randint(3, 97, (2, 9))
+    result = gp.compile(module, ids, pruning_ratio=0.25, units=("kv_group",), round_to=1)
+    assert result.module.config.num_attention_heads == 6
+    result.save(tmp_path / "out")
+    back = gp.load(tmp_path / "out")
+    assert torch.equal(back(ids).logits, result.module(ids).logits)
+    if name == "LlamaConfig":
+        with pytest.raises(Exception, match=r"not a multiple of the number of attention heads|vary across layers"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -76,11 +76,12 @@ def _by_layer(edits: list[Edit], count: int) -> dict[str, dict[str, Any]]:
 
 
 def _builds(cls: Any, config: Any, pruned: nn.Module) -> bool:
-    """Does the class build, from this config, modules of the same types, shapes and plain attributes?"""
+    """Does the class build, from this config once written and read, modules of the same types, shapes and plain attributes?"""
     for device in ("meta", "cpu"):
         try:
+            read = type(config).from_dict(config.to_dict())  # config classes refuse some sizes: a Llama's width is a multiple of its heads
             with torch.device(device), torch.random.fork_rng(devices=[]):
-                fresh = cls(copy.deepcopy(config))
+                fresh = cls(read)
             break
         except Exception:  # code that reads values while it builds does not run on meta; sizes that no model has do not build at all
             continue
