@@ -22,7 +22,7 @@ def forward_defaults(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters
     config: Any = module.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    caches = getattr(text, "use_cache", False) and (text is not config or (hasattr(module, "can_generate") and module.can_generate()))
+    caches = getattr(text, "use_cache", False) and (text is not config or getattr(module, "can_generate", bool)())
     passed_on = caches and any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # language models inside do not show theirs
     return {"use_cache": False} if "use_cache" in parameters or passed_on else {}
 
