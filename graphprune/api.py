@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.allocation import Measure
+from graphprune.calibration import first_inputs
 from graphprune.capture.huggingface import example_kwargs, forward_defaults
 from graphprune.decisions import decide, known_arguments
 from graphprune.errors import CaptureError, GraphPruneError, InvalidInput, VerificationFailed
@@ -43,8 +44,8 @@ def capture(model: Source, example_inputs: Any = None, kwargs: Mapping[str, Any]
     """Turn a model into the standardized graph.
 
     Args:
-        model: a torch module, an `.onnx` file, a folder with a Hugging Face checkpoint, an ONNX model in memory, or a `Program` (returned
-            as it is).
+        model: a torch module (out of `torch.compile` and data-parallel wrappers it is taken), an `.onnx` file, a folder with a Hugging Face
+            checkpoint, an ONNX model in memory, or a `Program` (returned as it is).
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. Optional for Hugging Face models and
             ONNX.
         kwargs: further keyword arguments of `forward`.
@@ -83,8 +84,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(model.module)
     if type(model).__module__.partition(".")[0] == "peft":
         raise InvalidInput("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")
-    if getattr(model, "is_quantized", False) or hasattr(model, "hf_quantizer"):
+    quantized = any(type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) for m in model.modules())
+    if quantized or getattr(model, "is_quantized", False) or hasattr(model, "hf_quantizer"):
         raise InvalidInput("the model is quantized; prune the full-precision model and quantize the result")
+    if any(hasattr(m, "_hf_hook") for m in model.modules()) and any(p.is_meta for p in model.parameters()):
+        raise InvalidInput(
+            "accelerate has moved weights of the model off its device; load it whole, or use graphprune.streaming.prune_checkpoint"
+        )
     return model
 
 
@@ -111,6 +117,7 @@ def _arguments(module: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any]
     return args, {**{k: v for k, v in accepted.items() if k not in named}, **named}
 
 
+@torch.inference_mode(False)
 def plan(
     model: Source,
     example_inputs: Any = None,
@@ -138,7 +145,16 @@ def plan(
     check_backend(backend)
     trials = partial(_trials, backend=backend) if measure is None else lambda program, **given: measure
     widths = partial(widths_of, backend=backend)
+    example_inputs, data = _examples(model, example_inputs, kwargs, planning.get("calibration_data"))
+    planning |= {"calibration_data": data} if data is not None else {}
     return decide(lambda: capture(model, example_inputs, kwargs, dynamic_shapes), trials, widths=widths, **known_arguments(planning)).plan
+
+
+def _examples(model: Source, example_inputs: Any, kwargs: Mapping[str, Any] | None, data: Any) -> tuple[Any, Any]:
+    """Example inputs, where none are given those of the first batch of calibration data; and the data."""
+    if example_inputs is not None or kwargs or data is None or not isinstance(model, nn.Module):
+        return example_inputs, data
+    return first_inputs(_unwrapped(model), data)
 
 
 def _trials(program: Program, backend: str = "torch", device: Any = None, **given: Any) -> Trials:
@@ -199,6 +215,7 @@ class Result:
         save_result(self, Path(path), compress)
 
 
+@torch.inference_mode(False)
 def apply(
     model: Source,
     plan: Plan,
@@ -444,6 +461,7 @@ def _report(
     )
 
 
+@torch.inference_mode(False)  # tensors made inside it could not be trained
 def compile(
     model: Source,
     example_inputs: Any = None,
@@ -494,7 +512,8 @@ def compile(
         round_to: keep multiples of this; "auto" is what was measured on the device that the network is on, else 8 from a width of 64 on.
             A GPU is measured on first use, some seconds; a CPU by `graphprune bench --widths` alone. Layers keep no width there that is not
             clearly faster than the wider ones. The report says which it was.
-        calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data.
+        calibration_data: iterable of inputs (tensor, tuple or dict) for scores and repairs that need data. Tensors and dicts are the
+            example inputs too, where none are given.
         backend: what runs the result and is timed: "torch", "onnxruntime", or "triton", where layers with zeros in their weights run by
             sparse kernels if these were measured to be faster on the device at hand.
         verify: True, "full" (always float64 and three inputs), or False.
@@ -505,6 +524,7 @@ def compile(
     if on_unknown not in ("freeze", "raise"):
         raise InvalidInput(f"on_unknown is 'freeze' or 'raise', found {on_unknown!r}")
     model = placed(model, device, backend)
+    example_inputs, calibration_data = _examples(model, example_inputs, kwargs, calibration_data)
     clock = _Clock()
 
     def captured() -> Program:

@@ -73,6 +73,7 @@ def decide(
     Raises:
         InvalidInput, NothingToPrune, BudgetNotMet: as `graphprune.compile`.
     """
+    units, ignore, targets, repair = ((names,) if isinstance(names, str) else names for names in (units, ignore, targets, repair))
     method = recipe_of(recipe) if recipe is not None else None
     sparse = method.sparse if method is not None else sparsity is not None or pattern is not None
     if method is not None:

@@ -1,13 +1,15 @@
 """Networks of transformers as users bring them: language models inside others, and what only runs with a cache."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.errors import InvalidInput
+from graphprune.errors import CaptureError, InvalidInput
 from tests.randomise import randomise, seeded
 
 transformers = pytest.importorskip("transformers")
@@ -72,3 +74,27 @@ def test_heads_that_do_not_divide_the_width_are_saved(name: str, tmp_path: Path)
     if name == "LlamaConfig":
         with pytest.raises(Exception, match=r"not a multiple of the number of attention heads|vary across layers"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def llama(**options: Any) -> nn.Module:
+    with seeded(0):
+        return randomise(transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_TEXT, num_key_value_heads=2, **options)), 0)
+
+
+@pytest.mark.parametrize("form", [list, iter], ids=["list", "generator"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_batch_of_calibration_data_gives_the_inputs(form: Callable[[list], Any], size: int) -> None:
+    """Seventeen tokens, not the length that would be made up; labels are left out."""
+    with seeded(1):
+        ids = [torch.randint(3, 97, (size, 17)) for _ in range(3)]
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+    result = gp.compile(llama(), recipe="flap", pruning_ratio=0.3, calibration_data=form(batches))
+    assert [tuple(x.shape) for x in result.program.example_inputs if isinstance(x, Tensor)] == [(max(2, size), 17)] * 2
+    assert result.certificate.status == "passed"
+    planned = gp.plan(llama(), recipe="flap", pruning_ratio=0.3, calibration_data=form(batches))
+    assert planned.entries.keys() == result.plan.entries.keys()
+
+
+def test_flex_attention_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CaptureError, match="set_attn_implementation"):
+        gp.capture(llama(attn_implementation="flex_attention"))

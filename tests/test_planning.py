@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphprune as gp
 from graphprune.allocation import Global, one_per_product, rounding
 from graphprune.allocation.allocate import BUDGETS
 from graphprune.capture.torch_export import capture_torch
@@ -454,3 +455,21 @@ def test_explicit_units_and_settings(mlp):
     plan = make_plan(mlp, pruning_ratio=0.5, importance="lamp", repair=("bias",), seed=7)
     assert plan.repair == ("bias",)
     assert plan.settings["importance"] == "lamp" and plan.settings["seed"] == 7 and plan.settings["pruning_ratio"] == 0.5
+
+
+def test_one_name_is_a_list_of_one():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    options = {"pruning_ratio": 0.5, "round_to": 1}
+    named = gp.compile(net, torch.randn(2, 8), units="neuron", ignore="0", repair="bn", **options)
+    assert named.plan.removed == gp.compile(net, torch.randn(2, 8), units=["neuron"], ignore=["0"], repair=["bn"], **options).plan.removed
+    assert named.module[0].out_features == 16 and named.module[2].out_features == 8 and named.plan.repair == ("bn",)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        results = [gp.compile(net, x, pruning_ratio=0.5), gp.apply(net, gp.plan(net, x, pruning_ratio=0.5), x)]
+    for result in results:
+        result.module(x).sum().backward()
+        assert all(p.grad is not None for p in result.module.parameters())

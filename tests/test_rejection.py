@@ -1,6 +1,7 @@
 """Modules that torch.export rejects: one line with the place in the user's code, and everything is as it was."""
 
 import copy
+import dataclasses
 import logging
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.errors import CaptureError
+from graphprune.errors import CaptureError, InvalidInput
 
 
 class Mlp(nn.Module):
@@ -88,3 +89,30 @@ def test_logs_and_stderr_are_as_they_were():
 def test_a_place_in_nobodys_code_is_left_out():
     with pytest.raises(CaptureError, match=r"^torch\.export rejects Linear: "):
         gp.capture(nn.Linear(6, 8), torch.ones(4, 5))
+
+
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Dataclass(Mlp):
+    def forward(self, x):
+        hidden = self.up(x)
+        return Pair(hidden, self.down(hidden))
+
+
+def test_an_output_of_a_class_of_its_own_is_to_be_registered():
+    with pytest.raises(CaptureError, match=r"rejects Dataclass: .* torch\.export\.register_dataclass\(Pair\)"):
+        gp.capture(Dataclass(), torch.ones(4, 6))
+
+
+def test_quantized_modules_are_refused_in_one_line():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.ao.nn.quantized.dynamic.Linear(6, 8)
+
+    with pytest.raises(InvalidInput, match="the model is quantized; prune the full-precision model"):
+        gp.capture(nn.Sequential(Quantized()), torch.ones(4, 6))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InvalidInput
@@ -35,8 +37,7 @@ def batches(program: Program, data: Any = None) -> Iterator[Batch]:
     items: Iterable[Any] = [data] if isinstance(data, (torch.Tensor, np.ndarray, Mapping, tuple)) else data
     found = False
     for item in items:
-        item = pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, _plain(item))
-        for piece in _pieces(program, item):
+        for piece in _pieces(program, _tensors(item)):
             found = True
             yield piece
     if not found:
@@ -46,6 +47,28 @@ def batches(program: Program, data: Any = None) -> Iterator[Batch]:
 def reread(data: Any) -> Any:
     """The data in a form that can be read several times: an iterator is drained into a list."""
     return data if data is None or hasattr(data, "__len__") or isinstance(data, (torch.Tensor, Mapping, tuple)) else list(data)
+
+
+def first_inputs(module: nn.Module, data: Any) -> tuple[Any, Any]:
+    """Example inputs that the first item of the data gives, two samples at least, and the data with that item still in it.
+
+    None for inputs where an item does not say which of its parts are labels (tuples), or where there is no item.
+    """
+    if isinstance(data, Iterator):
+        begun = list(itertools.islice(data, 1))
+        data = itertools.chain(begun, data)
+    else:
+        begun = [data] if isinstance(data, (torch.Tensor, np.ndarray, Mapping, tuple)) else list(itertools.islice(data, 1))
+    item = _tensors(begun[0]) if begun else None
+    if isinstance(item, dict):
+        names = [name for name in inspect.signature(module.forward).parameters if not name.startswith("label")]
+        item = {name: item[name] for name in names if isinstance(item.get(name), torch.Tensor)}
+    tensors: list[Any] = [*item.values()] if isinstance(item, dict) else [item]
+    if not tensors or not all(isinstance(x, torch.Tensor) and x.dim() for x in tensors):
+        return None, data
+    device = next((p.device for p in module.parameters()), None)
+    single = all(len(x) == 1 for x in tensors)  # would be taken for a size that is always one
+    return pytree.tree_map(lambda x: torch.cat([x, x] if single else [x]).to(device), item), data
 
 
 def noise(program: Program, count: int, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
@@ -82,9 +105,10 @@ def samples(program: Program, data: Any = None) -> Iterator[Batch]:
             yield [copies(x) for x in inputs], pytree.tree_map(copies, item)
 
 
-def _plain(item: Any) -> Any:
-    """Mappings of any class (a tokenizer's encoding) as dictionaries."""
-    return dict(item) if isinstance(item, Mapping) else item
+def _tensors(item: Any) -> Any:
+    """Mappings of any class (a tokenizer's encoding) as dictionaries, arrays as tensors."""
+    item = dict(item) if isinstance(item, Mapping) else item
+    return pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, item)
 
 
 def flat_inputs(program: Program, item: Any) -> list[Any]:

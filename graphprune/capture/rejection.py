@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import logging
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -21,12 +22,19 @@ DATA_DEPENDENT = (
     "its control flow is data-dependent, a value in a tensor decides what runs; compute both ways and choose with torch.where, take the "
     "value as an argument that is a number, or give the network as an ONNX file"
 )
+UNKNOWN_TYPE = (
+    "it takes or gives objects of a class whose tensors torch cannot see; make the class known, a dataclass by "
+    "torch.export.register_dataclass({}), another by torch.utils._pytree.register_pytree_node, or return a tuple or a dict"
+)
 
 
 def rejection(module: nn.Module, error: Exception) -> str:
     """One line: which module, where in its code, why."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-    why = DATA_DEPENDENT if "data-dependent" in first else first
+    unknown = re.match(r"Found <class '(?:.*\.)?(\w+)'> in .*not a known type", first)
+    why = DATA_DEPENDENT if "data-dependent" in first else UNKNOWN_TYPE.format(unknown[1]) if unknown else first
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention":
+        why += '; flex_attention cannot be traced: model.set_attn_implementation("sdpa") first'
     return f"torch.export rejects {type(module).__name__}{_place(error)}: {why}"
 
 
