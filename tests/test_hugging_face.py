@@ -98,3 +98,20 @@ def test_the_first_batch_of_calibration_data_gives_the_inputs(form: Callable[[li
 def test_flex_attention_is_refused_with_the_way_out() -> None:
     with pytest.raises(CaptureError, match="set_attn_implementation"):
         gp.capture(llama(attn_implementation="flex_attention"))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_the_own_saving_of_transformers_writes_what_it_reads(ratio: float, inplace: bool, tmp_path: Path) -> None:
+    """A Qwen2 leaves the width of a head to be derived from that of the stream, which a cut of heads does not change."""
+    config = transformers.Qwen2Config(**{**_TEXT, "hidden_size": 64, "num_attention_heads": 8}, num_key_value_heads=4)
+    with seeded(0):
+        module, ids = randomise(transformers.AutoModelForCausalLM.from_config(config), 0), torch.randint(3, 97, (2, 9))
+    result = gp.compile(module, ids, pruning_ratio=ratio, units=("kv_group",), round_to=1, inplace=inplace)
+    assert result.module.config.head_dim == 8 and (result.module is module) == inplace
+    assert inplace or getattr(config, "head_dim", None) is None, "the user's own config is left as it was"
+    result.module.save_pretrained(tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(back(ids).logits, result.module(ids).logits)
+    result.save(tmp_path / "out")
+    assert torch.equal(gp.load(tmp_path / "out")(ids).logits, result.module(ids).logits)

@@ -17,6 +17,9 @@ from graphprune.surgery.edits import Edit
 _BOOKKEEPING = re.compile(r"^_|^training$|^gradient_checkpointing$|^generation_config$|^(hf_)?device_map$|^name_or_path$")
 
 
+_DERIVED = ("head_dim",)  # read by models whose config class does not name them
+
+
 def checkpoint_config(original: Any, pruned: Any, edits: Iterable[Edit]) -> tuple[Any, dict[str, dict[str, Any]] | None]:
     """A config to save with the pruned model; None beside it if its class builds exactly that model from it.
 
@@ -38,6 +41,22 @@ def checkpoint_config(original: Any, pruned: Any, edits: Iterable[Edit]) -> tupl
     return config, _by_layer(edits, getattr(config, "num_hidden_layers", 0))
 
 
+def edits_of_config(original: Any, pruned: Any, edits: Iterable[Edit]) -> list[Edit]:
+    """What the config of the pruned model leaves open and its class would derive from sizes that changed, such as `head_dim`.
+
+    With it transformers' own `save_pretrained` writes a folder that `from_pretrained` reads, where any config does.
+    """
+    edits = list(edits)
+    if not any(edit.attribute.startswith("config.") for edit in edits) or not hasattr(getattr(pruned, "config", None), "to_dict"):
+        return []
+    config, layers = checkpoint_config(original, pruned, edits)
+    if layers is not None:
+        return []
+    before = vars(pruned.config)
+    spelled = {name: value for name, value in vars(config).items() if type(value) is int and before.get(name) is None}
+    return [Edit("", f"config.{name}", None, value) for name, value in spelled.items()]
+
+
 def _edit_nested(original: nn.Module, config: Any, edits: list[Edit]) -> None:
     """Configs inside the config (text and vision parts) follow the outermost module that each belongs to."""
     outermost: dict[int, str] = {}
@@ -55,7 +74,7 @@ def _spelled_out(config: Any, pruned: nn.Module) -> Any:
     found: dict[str, set[Any]] = {}
     for module in pruned.modules():
         for name, value in vars(module).items():
-            if type(value) is int and vars(config).get(name, 0) is None:
+            if type(value) is int and (vars(config).get(name, 0) is None or (name in _DERIVED and not hasattr(config, name))):
                 found.setdefault(name, set()).add(value)
     config = copy.deepcopy(config)
     for name, values in found.items():

@@ -16,7 +16,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.program import Node, Program
 from graphprune.surgery.attributes import Choice, Sizes, ancestors, known, layer_edits, scope_of
+from graphprune.surgery.configs import edits_of_config
 from graphprune.surgery.cut import Cut
 from graphprune.surgery.edits import Edit, Workspace, apply_edits, set_tensors
 from graphprune.surgery.fallback import FREEDOMS, GIVING_UP, EditedGraph, edited_graph, edited_submodule, rebound, recaptured
@@ -71,6 +72,9 @@ def write_back(program: Program, cut: Cut, pruned: Program, inplace: bool = Fals
     if result.how == "graph":
         notes = (*result.notes, "the module given was left as it was") if inplace else result.notes
         return WriteBack(result.module, "graph", notes, (), {})
+    filled = edits_of_config(original, result.module, result.edits)
+    apply_edits(result.module, filled)
+    result = replace(result, edits=(*result.edits, *filled))
     if inplace:
         _transplant(original, result, replacements)
         return WriteBack(original, "module", result.notes, result.edits, result.substitutes)
